@@ -1,0 +1,585 @@
+// The four gradients in one pass, the depthwise output recomputed tile by tile:
+//   dz = dy * slope,  dD = dz Kp^T,  dKp = D^T dz,  dbias = sum dz,  dx = taps of dD,  dKd = sum x
+//   dD.
+//
+// Work is cut into slices of depthwise channels, which are independent in D, dD, dx, dKd and the
+// rows of dKp, and, where the slices are few, into slabs of images or rows with partial sums of
+// their own, added in a fixed order. Both cuts follow from the shape alone, so every number of
+// threads gives the same bits. dx is gathered, never scattered.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "forward.h"
+#include "tiles.h"
+
+namespace sepconv {
+namespace {
+
+// Where a task adds up its weight gradients: the caller's arrays, or partial sums of one slab.
+template <typename T>
+struct WeightSums {
+  T* depthwise_kernel;
+  T* pointwise_kernel;
+  T* depthwise_bias;
+  T* bias;
+};
+
+template <typename S>
+class BackwardLoop {
+ public:
+  using T = ComputeType<S>;
+
+  BackwardLoop(const Geometry& g, const BackwardArgs& args)
+      : p_(g, args.x, args.depthwise_bias),
+        weights_(p_, args.depthwise_kernel, args.depthwise_bias, args.bias),
+        args_(args),
+        dy_(static_cast<const S*>(args.dy)),
+        y_(static_cast<const S*>(args.y)),
+        pointwise_(static_cast<const S*>(args.pointwise_kernel)),
+        dx_(static_cast<S*>(args.dx)),
+        threads_(ThreadsFor(3 * p_.macs())) {
+    // Does the slope follow from what we were given, must the output be recomputed first, or is
+    // there no slope?
+    recompute_slope_ =
+        p_.activation() != Activation::kLinear && !(y_ && SlopeFollowsFromOutput(p_.activation()));
+    // dy serves as dz in place if it has the layout and the type.
+    dz_in_place_ =
+        std::is_same_v<S, T> && !g.channels_first() && p_.activation() == Activation::kLinear;
+    dz_stride_ = dz_in_place_       ? p_.filters
+                 : recompute_slope_ ? RoundUp(p_.filters, p_.kernels.lanes)
+                                    : p_.TileStride(p_.filters);
+    dx_in_place_ = p_.rows_in_place;
+    PlanSlices();
+    PlanSlabs();
+    PlanRows();
+    PlanColumns();
+  }
+
+  void Run() {
+    const Geometry& g = p_.g;
+    const int64_t taps = g.kernel_height * g.kernel_width;
+    sums_in_place_ = std::is_same_v<S, T> && slabs_ == 1;
+
+    Layout64 shared;
+    const int64_t packed_at = shared.Add(packed_elements_, sizeof(T));
+    const int64_t dz_at = shared.Add(recompute_slope_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
+    const int64_t partial = sums_in_place_ ? 0 : p_.depth * (taps + p_.filters + 1) + p_.filters;
+    const int64_t partials_at = shared.Add(slabs_ * partial, sizeof(T));
+    Layout64 own;
+    const int64_t ring_at = own.Add(ring_pixels_ * slice_stride_, sizeof(T));
+    const int64_t tile_at = own.Add(chunk_pixels_ * slice_stride_, sizeof(T));
+    const int64_t dz_tile_at =
+        own.Add(dz_in_place_ || recompute_slope_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
+    const int64_t dz_panel_at = own.Add(chunk_pixels_ * p_.kernels.columns, sizeof(T));
+    const int64_t y_row_at = own.Add(dz_in_place_ || recompute_slope_ ? 0 : p_.filters, sizeof(T));
+    const int64_t staged_at =
+        own.Add(InputRows<S>::StagedElements(p_, g.in_width, slice_channels_), sizeof(T));
+    const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
+    const int64_t dx_row_at = own.Add(dx_in_place_ ? 0 : 2 * g.in_width * slice_stride_, sizeof(T));
+    const int64_t rows_at = own.Add(g.kernel_height, sizeof(SourceRow<T>));
+    const int64_t taps_at = own.Add(taps, sizeof(Tap<T>));
+    const Buffer buffer(shared.bytes() + threads_ * own.bytes());
+    char* memory = buffer.As<char>();
+    packed_ = reinterpret_cast<T*>(memory + packed_at);
+    dz_ = reinterpret_cast<T*>(memory + dz_at);
+
+    if (recompute_slope_) {
+      const ForwardArgs forward = {
+          args_.x, args_.depthwise_kernel, args_.pointwise_kernel, args_.depthwise_bias, args_.bias,
+          nullptr};
+      RunForward<S>(g, forward, {dy_, dz_, dz_stride_});
+    }
+    if (needs_depthwise_gradient()) {
+      ParallelFor(slices_, threads_, [&](int64_t slice, int64_t) { PackSlice(slice); });
+    }
+
+    std::vector<WeightSums<T>> sums(slabs_);
+    for (int64_t slab = 0; slab < slabs_; ++slab) {
+      T* to = reinterpret_cast<T*>(memory + partials_at) + slab * partial;
+      sums[slab] = {to, to + taps * p_.depth, to + (taps + p_.filters) * p_.depth,
+                    to + (taps + p_.filters + 1) * p_.depth};
+      if constexpr (std::is_same_v<S, T>) {
+        if (sums_in_place_) {
+          sums[slab] = {static_cast<T*>(args_.d_depthwise_kernel),
+                        static_cast<T*>(args_.d_pointwise_kernel),
+                        static_cast<T*>(args_.d_depthwise_bias), static_cast<T*>(args_.d_bias)};
+        }
+      }
+    }
+    ParallelFor(slices_ * slabs_, threads_, [&](int64_t task, int64_t worker) {
+      char* mine = memory + shared.bytes() + worker * own.bytes();
+      const Scratch scratch = {reinterpret_cast<T*>(mine + ring_at),
+                               reinterpret_cast<T*>(mine + tile_at),
+                               reinterpret_cast<T*>(mine + dz_tile_at),
+                               reinterpret_cast<T*>(mine + dz_panel_at),
+                               reinterpret_cast<T*>(mine + y_row_at),
+                               reinterpret_cast<T*>(mine + staged_at),
+                               reinterpret_cast<int64_t*>(mine + staged_row_at),
+                               reinterpret_cast<T*>(mine + dx_row_at),
+                               reinterpret_cast<SourceRow<T>*>(mine + rows_at),
+                               reinterpret_cast<Tap<T>*>(mine + taps_at)};
+      RunTask(task % slices_, task / slices_, sums[task / slices_], scratch);
+    });
+    if (!sums_in_place_) {
+      AddSlabs(args_.d_depthwise_kernel, taps * p_.depth, sums, &WeightSums<T>::depthwise_kernel);
+      AddSlabs(args_.d_pointwise_kernel, p_.depth * p_.filters, sums,
+               &WeightSums<T>::pointwise_kernel);
+      AddSlabs(args_.d_depthwise_bias, p_.depth, sums, &WeightSums<T>::depthwise_bias);
+      AddSlabs(args_.d_bias, p_.filters, sums, &WeightSums<T>::bias);
+    }
+  }
+
+ private:
+  struct Scratch {
+    T* ring;      // [pixel][slice channel]: dD of the rows that dx still needs
+    T* tile;      // [pixel][slice channel]: D of the chunk
+    T* dz_tile;   // [pixel][filter]
+    T* dz_panel;  // [pixel][panel column]
+    T* y_row;     // [filter]
+    T* staged;
+    int64_t* staged_row;
+    T* dx_row;  // two rows of [column][slice channel]
+    SourceRow<T>* rows;
+    Tap<T>* taps;
+  };
+
+  // A run of images, or of rows of one image: what a task goes through in one sweep.
+  struct Sweep {
+    int64_t image, images;
+    int64_t out_begin, out_end;  // rows whose weight gradients this sweep adds
+    int64_t in_begin, in_end;    // rows of dx that it writes
+  };
+
+  bool needs_depthwise_gradient() const {
+    return dx_ || args_.d_depthwise_kernel || args_.d_depthwise_bias;
+  }
+
+  void PlanSlices() {
+    // A channel's multiples stay together, so that dx of a channel is summed by one task.
+    const int64_t unit = p_.g.depth_multiplier == 1 ? kSliceUnit : p_.g.depth_multiplier;
+    const int64_t wanted = CeilDiv(p_.depth, kBackwardChannels);
+    slice_channels_ = std::min(p_.depth, RoundUp(CeilDiv(p_.depth, wanted), unit));
+    slices_ = CeilDiv(p_.depth, slice_channels_);
+    slice_stride_ = p_.TileStride(slice_channels_);
+    packed_slice_elements_ = RoundUp(slice_channels_, p_.kernels.lanes) * p_.filters;
+    packed_elements_ = needs_depthwise_gradient() ? slices_ * packed_slice_elements_ : 0;
+  }
+
+  void PlanSlabs() {
+    const Geometry& g = p_.g;
+    const int64_t partial_bytes = p_.depth * p_.filters * static_cast<int64_t>(sizeof(T));
+    int64_t slabs = std::min({CeilDiv(kBackwardTasks, slices_), p_.pixels / kBackwardSlabPixels,
+                              kBackwardPartialBytes / partial_bytes});
+    slabs = std::max<int64_t>(slabs, 1);
+    bands_ = 1;
+    if (slabs > g.batch) {
+      // Rows at the edge of a band are computed by both neighbours: bands at least four times as
+      // high as that.
+      const int64_t edge = CeilDiv((g.kernel_height - 1) * g.dilation_height, g.stride_height);
+      bands_ = std::max<int64_t>(
+          1, std::min(CeilDiv(slabs, g.batch), g.out_height / std::max<int64_t>(1, 4 * edge)));
+    }
+    slabs_ = std::min(slabs, g.batch * bands_);
+  }
+
+  void PlanRows() {
+    const Geometry& g = p_.g;
+    images_at_once_ = 1;
+    chunk_rows_ = std::clamp<int64_t>(kBackwardPixels / g.out_width, 1, g.out_height);
+    if (bands_ == 1 && chunk_rows_ == g.out_height) {
+      images_at_once_ =
+          std::clamp<int64_t>(kBackwardPixels / p_.image_pixels, 1, CeilDiv(g.batch, slabs_));
+    }
+    // A row of dx reads dD rows at most this far apart; chunks are written behind them, and never
+    // wrap inside.
+    const int64_t live = (g.kernel_height - 1) * g.dilation_height / g.stride_height + 2;
+    ring_rows_ =
+        std::min(RoundUp(live + chunk_rows_, chunk_rows_), RoundUp(g.out_height, chunk_rows_));
+    chunk_pixels_ = images_at_once_ * chunk_rows_ * g.out_width;
+    ring_pixels_ = images_at_once_ * ring_rows_ * g.out_width;
+  }
+
+  void PlanColumns() {
+    // Column iw of dx reads dD column (iw + pad - j * dilation) / stride where that is whole: one
+    // plan per phase of iw.
+    const Geometry& g = p_.g;
+    const int64_t phases = std::min(g.stride_width, g.in_width);
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      std::vector<ColumnTap> taps;
+      for (int64_t j = 0; j < g.kernel_width; ++j) {
+        const int64_t shifted = phase + g.pad_left - j * g.dilation_width;
+        if (shifted % g.stride_width != 0) continue;
+        const int64_t first = shifted / g.stride_width;
+        taps.push_back({j, first, -first, g.out_width - first});
+      }
+      gather_.emplace_back(CeilDiv(g.in_width - phase, g.stride_width), 1, taps);
+    }
+  }
+
+  // Rows [slice channels] of the transposed pointwise kernel as panels [filter][panel column].
+  void PackSlice(int64_t slice) const {
+    const int64_t q_begin = slice * slice_channels_,
+                  q_end = std::min(p_.depth, q_begin + slice_channels_);
+    const Panels panels(q_end - q_begin, p_.kernels);
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      T* panel = packed_ + slice * packed_slice_elements_ + panels.begin(i) * p_.filters;
+      const S* rows = pointwise_ + (q_begin + panels.begin(i)) * p_.filters;
+      const int64_t count = panels.columns(i), width = panels.width(i);
+      for (int64_t f0 = 0; f0 < p_.filters; f0 += kTransposeBlock) {
+        const int64_t f1 = std::min(p_.filters, f0 + kTransposeBlock);
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t f = f0; f < f1; ++f) panel[f * width + c] = Widen(rows[c * p_.filters + f]);
+        }
+        for (int64_t c = count; c < width; ++c) {
+          for (int64_t f = f0; f < f1; ++f) panel[f * width + c] = 0;
+        }
+      }
+    }
+  }
+
+  void RunTask(int64_t slice, int64_t slab, const WeightSums<T>& sums,
+               const Scratch& scratch) const {
+    const Geometry& g = p_.g;
+    Task task{slice * slice_channels_,
+              std::min(p_.depth, (slice + 1) * slice_channels_),
+              slice == 0,
+              true,
+              sums,
+              scratch,
+              InputRows<S>(p_, scratch.staged, scratch.staged_row)};
+    const int64_t channels = task.q_end - task.q_begin;
+    task.input.SetStrip(task.q_begin, task.q_end, 0, g.in_width);
+    for (int64_t tap = 0; sums.depthwise_kernel && tap < g.kernel_height * g.kernel_width; ++tap) {
+      std::fill_n(sums.depthwise_kernel + tap * p_.depth + task.q_begin, channels, T(0));
+    }
+    if (sums.depthwise_bias) std::fill_n(sums.depthwise_bias + task.q_begin, channels, T(0));
+    if (sums.bias && task.first_slice) std::fill_n(sums.bias, p_.filters, T(0));
+
+    if (bands_ == 1) {
+      const int64_t end = g.batch * (slab + 1) / slabs_;
+      for (int64_t image = g.batch * slab / slabs_; image < end; image += images_at_once_) {
+        RunSweep(task,
+                 {image, std::min(images_at_once_, end - image), 0, g.out_height, 0, g.in_height});
+      }
+      return;
+    }
+    const int64_t end = g.batch * bands_ * (slab + 1) / slabs_;
+    for (int64_t unit = g.batch * bands_ * slab / slabs_; unit < end; ++unit) {
+      const int64_t band = unit % bands_;
+      RunSweep(task, {unit / bands_, 1, FirstOutRow(band), FirstOutRow(band + 1), FirstInRow(band),
+                      FirstInRow(band + 1)});
+    }
+  }
+
+  struct Task {
+    int64_t q_begin, q_end;
+    bool first_slice;  // it also adds up the bias
+    bool first_chunk;  // of this task: nothing to add to yet
+    WeightSums<T> sums;
+    const Scratch& scratch;
+    InputRows<S> input;
+  };
+
+  int64_t FirstOutRow(int64_t band) const { return p_.g.out_height * band / bands_; }
+  // Rows of dx between two bands of output rows: in the middle of what the first row of the lower
+  // band reads.
+  int64_t FirstInRow(int64_t band) const {
+    if (band == 0) return 0;
+    if (band == bands_) return p_.g.in_height;
+    return std::clamp<int64_t>(
+        FirstOutRow(band) * p_.g.stride_height - p_.g.pad_top + p_.row_reach() / 2, 0,
+        p_.g.in_height);
+  }
+  // Output rows [first, last] that can read input row `row`; may be empty.
+  int64_t FirstReader(int64_t row) const {
+    const int64_t from = row + p_.g.pad_top - (p_.row_reach() - 1);
+    return from <= 0 ? 0 : CeilDiv(from, p_.g.stride_height);
+  }
+  int64_t LastReader(int64_t row) const {
+    return std::min((row + p_.g.pad_top) / p_.g.stride_height, p_.g.out_height - 1);
+  }
+
+  void RunSweep(Task& task, const Sweep& sweep) const {
+    int64_t begin = sweep.out_begin, end = sweep.out_end;
+    if (dx_ && sweep.in_begin < sweep.in_end) {
+      begin = std::min(begin, FirstReader(sweep.in_begin));
+      end = std::max(end, LastReader(sweep.in_end - 1) + 1);
+    }
+    int64_t next_in_row = sweep.in_begin;
+    for (int64_t row = begin; row < end; row += chunk_rows_) {
+      const int64_t row_end = std::min(row + chunk_rows_, end);
+      RunChunk(task, sweep, row, row_end, (row - begin) % ring_rows_);
+      if (!dx_) continue;
+      const int64_t in_begin = next_in_row;
+      while (next_in_row < sweep.in_end && (row_end == end || LastReader(next_in_row) < row_end))
+        ++next_in_row;
+      for (int64_t image = 0; image < sweep.images; ++image) {
+        for (int64_t in_row = in_begin; in_row < next_in_row; ++in_row) {
+          GatherInputRow(task, sweep.image, image, in_row, begin);
+        }
+      }
+    }
+  }
+
+  // Output rows [row, row_end) of the sweep's images. `slot` is the ring row of the first of them.
+  void RunChunk(Task& task, const Sweep& sweep, int64_t row, int64_t row_end, int64_t slot) const {
+    const Geometry& g = p_.g;
+    const Scratch& scratch = task.scratch;
+    const int64_t width = g.out_width, channels = task.q_end - task.q_begin;
+    const int64_t pixel = (sweep.image * g.out_height + row) * width;
+    const int64_t pixels = sweep.images * (row_end - row) * width;
+    // Rows that belong to a neighbour's sums only help to complete dx.
+    const int64_t own_begin = std::clamp(sweep.out_begin, row, row_end),
+                  own_end = std::clamp(sweep.out_end, row, row_end);
+    const int64_t own_first = (own_begin - row) * width;
+    const int64_t own_pixels = sweep.images > 1 ? pixels : (own_end - own_begin) * width;
+
+    const T* dz = OutputGradientOf(pixel, pixels, scratch);
+    T* d_depthwise = scratch.ring + slot * width * slice_stride_;
+    if (needs_depthwise_gradient()) {
+      const T* packed = packed_ + task.q_begin / slice_channels_ * packed_slice_elements_;
+      const Panels panels(channels, p_.kernels);
+      for (int64_t i = 0; i < panels.count(); ++i) {
+        const int64_t q = panels.begin(i);
+        p_.kernels.gemm({pixels, p_.filters, panels.columns(i), dz, dz_stride_, 1,
+                         packed + q * p_.filters, panels.width(i), d_depthwise + q, slice_stride_,
+                         nullptr, -kInfinity, kInfinity, false});
+      }
+    }
+    const bool slope = p_.depthwise_activation() != Activation::kLinear;
+    const int64_t tile_rows_begin = slope ? row : own_begin,
+                  tile_rows_end = slope ? row_end : own_end;
+    for (int64_t image = 0; image < sweep.images; ++image) {
+      for (int64_t r = tile_rows_begin; r < tile_rows_end; ++r) {
+        const int64_t first = (image * (row_end - row) + r - row) * width;
+        DepthwiseRow(p_, task.input, sweep.image + image, r, 0, width, task.q_begin, task.q_end,
+                     scratch.rows, scratch.taps, scratch.tile + first * slice_stride_,
+                     slice_stride_);
+      }
+    }
+    if (slope) {
+      for (int64_t p = 0; needs_depthwise_gradient() && p < pixels; ++p) {
+        T* gradient = d_depthwise + p * slice_stride_;
+        p_.kernels.slope_from_input(p_.depthwise_activation(), gradient,
+                                    scratch.tile + p * slice_stride_, gradient, channels);
+      }
+      p_.kernels.activate(p_.depthwise_activation(), scratch.tile, pixels, channels, slice_stride_);
+    }
+    if (needs_depthwise_gradient()) RoundRows<S>(d_depthwise, pixels, channels, slice_stride_);
+    if (own_pixels == 0) return;
+
+    const T* own_gradient = d_depthwise + own_first * slice_stride_;
+    if (task.sums.depthwise_bias) {
+      p_.kernels.add_column_sums(own_gradient, own_pixels, channels, slice_stride_,
+                                 task.sums.depthwise_bias + task.q_begin);
+    }
+    if (task.sums.depthwise_kernel) {
+      for (int64_t image = 0; image < sweep.images; ++image) {
+        for (int64_t r = own_begin; r < own_end; ++r) {
+          AddDepthwiseKernelGradient(
+              task, sweep.image + image, r,
+              d_depthwise + (image * (row_end - row) + r - row) * width * slice_stride_);
+        }
+      }
+    }
+    if (task.sums.pointwise_kernel) {
+      T* tile = scratch.tile + own_first * slice_stride_;
+      RoundRows<S>(tile, own_pixels, channels, slice_stride_);
+      const Panels panels(p_.filters, p_.kernels);
+      for (int64_t i = 0; i < panels.count(); ++i) {
+        const int64_t f = panels.begin(i);
+        // Packed, the panel is a few pages that all row tiles share; in place, every pixel is a
+        // page of its own.
+        PackRows(dz + own_first * dz_stride_ + f, dz_stride_, own_pixels, panels.columns(i),
+                 panels.width(i), scratch.dz_panel);
+        p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_,
+                         scratch.dz_panel, panels.width(i),
+                         task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters,
+                         nullptr, -kInfinity, kInfinity, !task.first_chunk});
+      }
+    }
+    if (task.sums.bias && task.first_slice) {
+      p_.kernels.add_column_sums(dz + own_first * dz_stride_, own_pixels, p_.filters, dz_stride_,
+                                 task.sums.bias);
+    }
+    task.first_chunk = false;
+  }
+
+  // dz of pixels [pixel, pixel + pixels), rows dz_stride_ apart.
+  const T* OutputGradientOf(int64_t pixel, int64_t pixels, const Scratch& scratch) const {
+    if constexpr (std::is_same_v<S, T>) {
+      if (dz_in_place_) return dy_ + pixel * p_.filters;
+    }
+    if (recompute_slope_) return dz_ + pixel * dz_stride_;
+    LoadPixels(p_.g, dy_, p_.filters, p_.image_pixels, pixel, pixel + pixels, 0, p_.filters,
+               scratch.dz_tile, dz_stride_);
+    if (p_.activation() != Activation::kLinear) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        T* row = scratch.dz_tile + p * dz_stride_;
+        LoadPixels(p_.g, y_, p_.filters, p_.image_pixels, pixel + p, pixel + p + 1, 0, p_.filters,
+                   scratch.y_row, p_.filters);
+        p_.kernels.slope_from_output(p_.activation(), row, scratch.y_row, row, p_.filters);
+      }
+    }
+    return scratch.dz_tile;
+  }
+
+  void AddDepthwiseKernelGradient(Task& task, int64_t image, int64_t out_row,
+                                  const T* gradient) const {
+    const Scratch& scratch = task.scratch;
+    const int64_t num_rows = task.input.Rows(image, out_row, scratch.rows);
+    const int64_t column_stride = task.input.column_stride();
+    ForEachSegment<T>(
+        p_.columns, 0, p_.g.out_width, scratch.rows, num_rows, column_stride, p_.g.kernel_width,
+        p_.depth, nullptr, task.sums.depthwise_kernel + task.q_begin, scratch.taps,
+        [&](int64_t first, int64_t count, const Tap<T>* taps, int64_t num_taps) {
+          p_.kernels.depthwise_gradient({taps, num_taps, count, task.q_end - task.q_begin,
+                                         p_.columns.step() * column_stride,
+                                         gradient + first * slice_stride_, slice_stride_});
+        });
+  }
+
+  // Row `in_row` of dx of the sweep's image number `index`, whose readers are all in the ring.
+  void GatherInputRow(Task& task, int64_t sweep_image, int64_t index, int64_t in_row,
+                      int64_t first_ring_row) const {
+    const Geometry& g = p_.g;
+    const Scratch& scratch = task.scratch;
+    const int64_t channels = task.q_end - task.q_begin, image = sweep_image + index;
+    int64_t num_rows = 0;
+    for (int64_t i = 0; i < g.kernel_height; ++i) {
+      const int64_t shifted = in_row + g.pad_top - i * g.dilation_height;
+      if (shifted < 0 || shifted % g.stride_height != 0 ||
+          shifted / g.stride_height >= g.out_height)
+        continue;
+      // Several images at once stand whole, one behind the other; one image runs through the ring.
+      const int64_t slot =
+          index * chunk_rows_ + (shifted / g.stride_height - first_ring_row) % ring_rows_;
+      scratch.rows[num_rows++] = {i, scratch.ring + slot * g.out_width * slice_stride_};
+    }
+    T* out = scratch.dx_row;
+    int64_t out_stride = slice_stride_;
+    if constexpr (std::is_same_v<S, T>) {
+      if (dx_in_place_) {
+        out = dx_ + (image * g.in_height + in_row) * g.in_width * g.in_channels + task.q_begin;
+        out_stride = g.in_channels;
+      }
+    }
+    for (size_t phase = 0; phase < gather_.size(); ++phase) {
+      const int64_t num_columns = CeilDiv(g.in_width - static_cast<int64_t>(phase), g.stride_width);
+      ForEachSegment<T>(
+          gather_[phase], 0, num_columns, scratch.rows, num_rows, slice_stride_, g.kernel_width,
+          p_.depth, p_.depthwise_kernel + task.q_begin, nullptr, scratch.taps,
+          [&](int64_t first, int64_t count, const Tap<T>* taps, int64_t num_taps) {
+            p_.kernels.depthwise(
+                {taps, num_taps, count, channels, slice_stride_, nullptr,
+                 out + (static_cast<int64_t>(phase) + first * g.stride_width) * out_stride,
+                 g.stride_width * out_stride});
+          });
+    }
+    if (!dx_in_place_) StoreInputRow(task, image, in_row);
+  }
+
+  // From depthwise channels to input channels: sums the multiples, applies the slope of the
+  // activation before, narrows and transposes.
+  void StoreInputRow(const Task& task, int64_t image, int64_t in_row) const {
+    const Geometry& g = p_.g;
+    const int64_t multiplier = g.depth_multiplier;
+    const int64_t c_begin = task.q_begin / multiplier,
+                  channels = (task.q_end - task.q_begin) / multiplier;
+    T* row = task.scratch.dx_row;
+    if (multiplier > 1) {
+      for (int64_t w = 0; w < g.in_width; ++w) {
+        T* pixel = row + w * slice_stride_;
+        for (int64_t c = 0; c < channels; ++c) {
+          T sum = pixel[c * multiplier];
+          for (int64_t m = 1; m < multiplier; ++m) sum += pixel[c * multiplier + m];
+          pixel[c] = sum;
+        }
+      }
+    }
+    if (p_.input_activation() != Activation::kLinear) {
+      T* x_row = row + g.in_width * slice_stride_;
+      CopyInputRow(g, p_.x, image, in_row, 0, g.in_width, c_begin, c_begin + channels, 1, x_row,
+                   slice_stride_);
+      for (int64_t w = 0; w < g.in_width; ++w) {
+        T* pixel = row + w * slice_stride_;
+        p_.kernels.slope_from_input(p_.input_activation(), pixel, x_row + w * slice_stride_, pixel,
+                                    channels);
+      }
+    }
+    const int64_t first = (image * g.in_height + in_row) * g.in_width;
+    StorePixels(g, row, slice_stride_, dx_, g.in_channels, g.in_height * g.in_width, first,
+                first + g.in_width, c_begin, channels);
+  }
+
+  // to[i] = sum over slabs, in their order.
+  void AddSlabs(void* to, int64_t count, const std::vector<WeightSums<T>>& sums,
+                T* WeightSums<T>::* member) const {
+    if (!to) return;
+    const int64_t blocks = CeilDiv(count, kReductionBlock);
+    ParallelFor(blocks, ThreadsFor(count * slabs_), [&](int64_t block, int64_t) {
+      const int64_t end = std::min(count, (block + 1) * kReductionBlock);
+      for (int64_t i = block * kReductionBlock; i < end; ++i) {
+        T sum = (sums[0].*member)[i];
+        for (int64_t slab = 1; slab < slabs_; ++slab) sum += (sums[slab].*member)[i];
+        static_cast<S*>(to)[i] = Narrow<S>(sum);
+      }
+    });
+  }
+
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+  Problem<S> p_;
+  WidenedWeights<S> weights_;
+  const BackwardArgs& args_;
+  const S* dy_;
+  const S* y_;
+  const S* pointwise_;
+  S* dx_;
+  int64_t threads_;
+  bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false;
+  int64_t dz_stride_ = 0;
+  int64_t slices_ = 1, slice_channels_ = 0, slice_stride_ = 0, packed_slice_elements_ = 0,
+          packed_elements_ = 0;
+  int64_t slabs_ = 1, bands_ = 1;
+  int64_t images_at_once_ = 1, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0, ring_pixels_ = 0;
+  std::vector<ColumnPlan> gather_;
+  T* packed_ = nullptr;
+  T* dz_ = nullptr;
+};
+
+// Gradients of an empty output: sums over nothing.
+void ZeroGradients(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
+  Sizes sizes;
+  Validate(geometry, dtype, &sizes);
+  const auto zero = [&](void* to, int64_t count) {
+    if (to) std::memset(to, 0, static_cast<size_t>(count * ElementSize(dtype)));
+  };
+  zero(args.dx, sizes.x);
+  zero(args.d_depthwise_kernel, sizes.depthwise_kernel);
+  zero(args.d_pointwise_kernel, sizes.pointwise_kernel);
+  zero(args.d_depthwise_bias, sizes.depthwise_bias);
+  zero(args.d_bias, sizes.bias);
+}
+
+}  // namespace
+
+void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
+  if (geometry.pixels() == 0) return ZeroGradients(geometry, dtype, args);
+  switch (dtype) {
+    case DType::kFloat32:
+      return BackwardLoop<float>(geometry, args).Run();
+    case DType::kFloat64:
+      return BackwardLoop<double>(geometry, args).Run();
+    case DType::kBFloat16:
+      return BackwardLoop<BFloat16>(geometry, args).Run();
+    case DType::kFloat16:
+      return BackwardLoop<Float16>(geometry, args).Run();
+  }
+}
+
+}  // namespace sepconv

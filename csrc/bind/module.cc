@@ -1,0 +1,367 @@
+// sepconv._native: the border between Python arrays and the core.
+//
+//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1) ->
+//   None backward(geometry, dy, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y,
+//            dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias, dtype=-1) ->
+//            None
+//
+// `geometry` is an int64 array of the fields of `Geometry._fields`. Every other array is a
+// C-contiguous CPU buffer with the number of elements that the geometry says (its shape is not
+// looked at), all of one dtype: float32, float64, float16 or bfloat16. NumPy arrays, torch tensors
+// without gradient tracking, and anything else that speaks DLPack or the buffer protocol will do. A
+// bias is None exactly when the geometry has none. In `backward`, `y` may be None (it is recomputed
+// where the slope of the activation needs it) and so may each gradient (it is not computed).
+//
+// `dtype` is a code of `DType` (0 float32, 1 float64, 2 bfloat16, 3 float16); -1 takes it from `x`.
+// A bfloat16 array of NumPy (ml_dtypes) crosses neither DLPack nor the buffer protocol: pass
+// `array.view(np.uint16)` and dtype=2.
+//
+// TypeError: not an array, or a wrong dtype. ValueError: a geometry that cannot be computed, a
+// wrong number of elements, an array that is not contiguous, not aligned, not on the CPU or, for
+// outputs, not writable. MemoryError: no scratch. All of these are raised before anything is
+// written. The GIL is released while the core runs.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "bind/xla_ffi.h"
+#include "sepconv.h"
+
+namespace nb = nanobind;
+
+namespace sepconv {
+namespace {
+
+constexpr nb::dlpack::dtype kInt64 = {static_cast<uint8_t>(nb::dlpack::dtype_code::Int), 64, 1};
+constexpr nb::dlpack::dtype kUInt16 = {static_cast<uint8_t>(nb::dlpack::dtype_code::UInt), 16, 1};
+
+struct DTypeEntry {
+  const char* name;
+  nb::dlpack::dtype dtype;
+};
+// In the order of DType.
+constexpr DTypeEntry kDTypes[] = {
+    {"float32", {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 32, 1}},
+    {"float64", {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 64, 1}},
+    {"bfloat16", {static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1}},
+    {"float16", {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}},
+};
+constexpr int64_t kNumDTypes = sizeof(kDTypes) / sizeof(DTypeEntry);
+static_assert(kNumDTypes == static_cast<int64_t>(DType::kFloat16) + 1);
+
+std::string Describe(nb::dlpack::dtype dtype) {
+  for (const DTypeEntry& entry : kDTypes) {
+    if (entry.dtype == dtype) return entry.name;
+  }
+  const char* kind = dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Int) ? "int"
+                     : dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::UInt)
+                         ? "uint"
+                         : "dtype code ";
+  return kind + (*kind == 'd' ? std::to_string(dtype.code) + ", bits " : std::string()) +
+         std::to_string(dtype.bits);
+}
+
+std::string TypeName(nb::handle value) { return nb::type_name(value.type()).c_str(); }
+
+[[noreturn]] void RaiseValueError(const char* name, const std::string& rule_and_value) {
+  throw nb::value_error(("`" + std::string(name) + "` " + rule_and_value).c_str());
+}
+
+[[noreturn]] void RaiseTypeError(const char* name, const std::string& rule_and_value) {
+  throw nb::type_error(("`" + std::string(name) + "` " + rule_and_value).c_str());
+}
+
+template <typename Array>
+bool IsContiguous(const Array& array) {
+  if (array.size() == 0) return true;  // NumPy gives such arrays strides of its own choice
+  int64_t expected = 1;
+  for (size_t i = array.ndim(); i-- > 0;) {
+    const int64_t extent = static_cast<int64_t>(array.shape(i));
+    if (extent > 1 && array.stride(i) != expected) return false;
+    expected *= extent;
+  }
+  return true;
+}
+
+// The arrays of one call: each is checked against what the geometry says and held until the call
+// ends.
+class CallArrays {
+ public:
+  // Reads the geometry; every later size follows from it.
+  CallArrays(nb::handle geometry, nb::handle x, int64_t dtype_code) {
+    const Array fields = Import<Array>("geometry", geometry);
+    if (fields.dtype() != kInt64)
+      RaiseTypeError("geometry", "must be int64. Received: " + Describe(fields.dtype()));
+    CheckMemory("geometry", fields, kNumGeometryFields, alignof(int64_t));
+    std::memcpy(&geometry_, fields.data(), sizeof(Geometry));
+
+    element_ = x.is_none() ? kDTypes[0].dtype : Import<Array>("x", x).dtype();
+    if (dtype_code == -1) {
+      dtype_code = CodeOf(element_);
+    } else if (dtype_code < 0 || dtype_code >= kNumDTypes) {
+      RaiseValueError("dtype", "must be -1 or a code from 0 to 3. Received: dtype=" +
+                                   std::to_string(dtype_code));
+    } else if (!(element_ == kDTypes[dtype_code].dtype ||
+                 (element_ == kUInt16 && kDTypes[dtype_code].dtype.bits == 16))) {
+      RaiseTypeError("x", "must hold " + std::string(kDTypes[dtype_code].name) +
+                              ". Received: " + Describe(element_));
+    }
+    dtype_ = static_cast<DType>(dtype_code);
+
+    const std::string problem = Validate(geometry_, dtype_, &sizes_);
+    if (!problem.empty()) throw nb::value_error(problem.c_str());
+  }
+
+  const Geometry& geometry() const { return geometry_; }
+  DType dtype() const { return dtype_; }
+  const Sizes& sizes() const { return sizes_; }
+
+  const void* Input(const char* name, nb::handle value, int64_t size) {
+    inputs_[num_inputs_] = Import<Array>(name, value);
+    const Array& array = inputs_[num_inputs_++];
+    CheckElements(name, array, size);
+    return array.data();
+  }
+
+  const void* OptionalInput(const char* name, nb::handle value, int64_t size) {
+    return value.is_none() ? nullptr : Input(name, value, size);
+  }
+
+  const void* Bias(const char* name, nb::handle value, int64_t present, int64_t size) {
+    if (value.is_none() != (present == 0)) {
+      RaiseValueError(name, "must be an array exactly when the geometry has one. Received: " +
+                                TypeName(value) + ", has_" + name + "=" + std::to_string(present));
+    }
+    return OptionalInput(name, value, size);
+  }
+
+  void* Output(const char* name, nb::handle value, int64_t size) {
+    outputs_[num_outputs_] = Import<WritableArray>(name, value);
+    const WritableArray& array = outputs_[num_outputs_++];
+    CheckElements(name, array, size);
+    return array.data();
+  }
+
+  void* OptionalOutput(const char* name, nb::handle value, int64_t size) {
+    return value.is_none() ? nullptr : Output(name, value, size);
+  }
+
+ private:
+  using Array = nb::ndarray<nb::ro>;
+  using WritableArray = nb::ndarray<>;
+
+  template <typename T>
+  static T Import(const char* name, nb::handle value) {
+    T array;
+    if (!value.is_none() && nb::try_cast(value, array, /*convert=*/false)) return array;
+    Array readable;
+    if (!value.is_none() && nb::try_cast(value, readable, /*convert=*/false)) {
+      RaiseValueError(name, "must be writable. Received: a read-only " + TypeName(value));
+    }
+    RaiseTypeError(
+        name,
+        "must be an array that DLPack or the buffer protocol hands out. Received: " +
+            TypeName(value) +
+            (nb::hasattr(value, "dtype")
+                 ? " of dtype " +
+                       std::string(nb::str(nb::handle(nb::object(value.attr("dtype")))).c_str())
+                 : std::string()));
+  }
+
+  static int64_t CodeOf(nb::dlpack::dtype dtype) {
+    for (int64_t code = 0; code < kNumDTypes; ++code) {
+      if (kDTypes[code].dtype == dtype) return code;
+    }
+    RaiseTypeError("x",
+                   "must hold float32, float64, float16 or bfloat16. Received: " + Describe(dtype));
+  }
+
+  template <typename T>
+  void CheckElements(const char* name, const T& array, int64_t size) const {
+    if (array.dtype() != element_) {
+      RaiseTypeError(name, "must have the dtype of `x`, " + Describe(element_) +
+                               ". Received: " + Describe(array.dtype()));
+    }
+    CheckMemory(name, array, size, ElementSize(dtype_));
+  }
+
+  template <typename T>
+  static void CheckMemory(const char* name, const T& array, int64_t size, size_t alignment) {
+    if (array.device_type() != nb::device::cpu::value) {
+      RaiseValueError(name, "must be in CPU memory. Received: device type " +
+                                std::to_string(array.device_type()));
+    }
+    if (static_cast<int64_t>(array.size()) != size) {
+      RaiseValueError(name, "must have " + std::to_string(size) +
+                                " elements. Received: " + std::to_string(array.size()));
+    }
+    if (!IsContiguous(array))
+      RaiseValueError(name, "must be C-contiguous. Received: a strided array");
+    if (size > 0 && reinterpret_cast<uintptr_t>(array.data()) % alignment != 0) {
+      RaiseValueError(name, "must be aligned to its element size. Received: an unaligned array");
+    }
+  }
+
+  Geometry geometry_;
+  nb::dlpack::dtype element_;
+  DType dtype_;
+  Sizes sizes_;
+  Array inputs_[7];
+  WritableArray outputs_[5];
+  int num_inputs_ = 0;
+  int num_outputs_ = 0;
+};
+
+void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
+               nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
+               nb::handle y, int64_t dtype) {
+  CallArrays arrays(geometry, x, dtype);
+  const Geometry& g = arrays.geometry();
+  const Sizes& sizes = arrays.sizes();
+  ForwardArgs args;
+  args.x = arrays.Input("x", x, sizes.x);
+  args.depthwise_kernel =
+      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
+  args.pointwise_kernel =
+      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
+  args.depthwise_bias =
+      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
+  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  args.y = arrays.Output("y", y, sizes.y);
+  nb::gil_scoped_release release;
+  Forward(g, arrays.dtype(), args);
+}
+
+void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle depthwise_kernel,
+                nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
+                nb::handle y, nb::handle dx, nb::handle d_depthwise_kernel,
+                nb::handle d_pointwise_kernel, nb::handle d_depthwise_bias, nb::handle d_bias,
+                int64_t dtype) {
+  CallArrays arrays(geometry, x, dtype);
+  const Geometry& g = arrays.geometry();
+  const Sizes& sizes = arrays.sizes();
+  BackwardArgs args;
+  args.dy = arrays.Input("dy", dy, sizes.y);
+  args.x = arrays.Input("x", x, sizes.x);
+  args.depthwise_kernel =
+      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
+  args.pointwise_kernel =
+      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
+  args.depthwise_bias =
+      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
+  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  args.y = arrays.OptionalInput("y", y, sizes.y);
+  args.dx = arrays.OptionalOutput("dx", dx, sizes.x);
+  args.d_depthwise_kernel =
+      arrays.OptionalOutput("d_depthwise_kernel", d_depthwise_kernel, sizes.depthwise_kernel);
+  args.d_pointwise_kernel =
+      arrays.OptionalOutput("d_pointwise_kernel", d_pointwise_kernel, sizes.pointwise_kernel);
+  args.d_depthwise_bias =
+      arrays.OptionalOutput("d_depthwise_bias", d_depthwise_bias, g.depthwise_channels());
+  args.d_bias = arrays.OptionalOutput("d_bias", d_bias, g.out_channels);
+  nb::gil_scoped_release release;
+  Backward(g, arrays.dtype(), args);
+}
+
+nb::tuple TupleOfStrings(const std::vector<std::string>& strings) {
+  nb::list list;
+  for (const std::string& string : strings) list.append(nb::str(string.c_str(), string.size()));
+  return nb::tuple(list);
+}
+
+void PySetNumThreads(int64_t num_threads) {
+  if (num_threads < 0) {
+    RaiseValueError("num_threads",
+                    "must be at least 0. Received: num_threads=" + std::to_string(num_threads));
+  }
+  SetNumThreads(num_threads);
+}
+
+void PySetTarget(const char* name) {
+  if (SetTarget(name)) return;
+  std::string rule = "must be \"\" or a target that this CPU runs:";
+  for (const std::string& target : AvailableTargets()) rule.append(" ").append(target);
+  RaiseValueError("name", rule + ". Received: name=\"" + name + "\"");
+}
+
+nb::dict PyTileConstants(const char* dtype_name) {
+  for (int64_t code = 0; code < kNumDTypes; ++code) {
+    if (std::strcmp(dtype_name, kDTypes[code].name) != 0) continue;
+    const TileConstants constants = CurrentTileConstants(static_cast<DType>(code));
+    nb::dict result;
+    result["lanes"] = constants.lanes;
+    result["rows"] = constants.rows;
+    result["columns"] = constants.columns;
+    result["forward_pixels"] = constants.forward_pixels;
+    result["backward_pixels"] = constants.backward_pixels;
+    result["backward_channels"] = constants.backward_channels;
+    return result;
+  }
+  RaiseValueError("dtype_name",
+                  "must be float32, float64, bfloat16 or float16. Received: dtype_name=\"" +
+                      std::string(dtype_name) + "\"");
+}
+
+bool PySlopeFollowsFromOutput(int64_t code) {
+  if (code < 0 || code >= kNumActivations) {
+    RaiseValueError("code",
+                    "must be the index of an activation. Received: code=" + std::to_string(code));
+  }
+  return SlopeFollowsFromOutput(static_cast<Activation>(code));
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  const char* forced_target = std::getenv("SEPCONV_TARGET");
+  if (forced_target && *forced_target && !SetTarget(forced_target)) {
+    std::string message = "`SEPCONV_TARGET` must name a target that this CPU runs:";
+    for (const std::string& target : AvailableTargets()) message.append(" ").append(target);
+    message.append(". Received: SEPCONV_TARGET=").append(forced_target);
+    throw nb::import_error(message.c_str());
+  }
+
+  module.doc() =
+      "The native core of sepconv; not public. The doors check their arguments and call it.";
+
+  module.def("forward", &PyForward, nb::arg("geometry"), nb::arg("x"), nb::arg("depthwise_kernel"),
+             nb::arg("pointwise_kernel"), nb::arg("depthwise_bias").none(), nb::arg("bias").none(),
+             nb::arg("y"), nb::arg("dtype") = -1, "Fills `y`.");
+  module.def("backward", &PyBackward, nb::arg("geometry"), nb::arg("dy"), nb::arg("x"),
+             nb::arg("depthwise_kernel"), nb::arg("pointwise_kernel"),
+             nb::arg("depthwise_bias").none(), nb::arg("bias").none(), nb::arg("y").none(),
+             nb::arg("dx").none(), nb::arg("d_depthwise_kernel").none(),
+             nb::arg("d_pointwise_kernel").none(), nb::arg("d_depthwise_bias").none(),
+             nb::arg("d_bias").none(), nb::arg("dtype") = -1,
+             "Fills the gradients that are not None.");
+
+  module.def("geometry_fields", [] {
+#define SEPCONV_FIELD(name) #name,
+    return TupleOfStrings({SEPCONV_GEOMETRY_FIELDS(SEPCONV_FIELD)});
+#undef SEPCONV_FIELD
+  });
+  module.def("activations", [] {
+    return TupleOfStrings({std::begin(kActivationNames), std::end(kActivationNames)});
+  });
+  module.def("slope_follows_from_output", &PySlopeFollowsFromOutput, nb::arg("code"));
+
+  module.def("set_num_threads", &PySetNumThreads, nb::arg("num_threads"));
+  module.def("get_num_threads", &GetNumThreads);
+  module.def("cpu_target", [] { return nb::str(CurrentTarget().c_str()); });
+  module.def("available_targets", [] { return TupleOfStrings(AvailableTargets()); });
+  module.def("set_target", &PySetTarget, nb::arg("name"));
+  module.def("tile_constants", &PyTileConstants, nb::arg("dtype_name"));
+
+#ifdef SEPCONV_WITH_XLA
+  module.def("xla_handlers", &XlaHandlers);
+#else
+  module.def("xla_handlers", [] { return nb::dict(); });
+#endif
+}
+
+}  // namespace sepconv

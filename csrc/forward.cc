@@ -1,0 +1,241 @@
+// y = activation(bias + pointwise(depthwise(x))): tiles of pixels over threads; in each, the
+// depthwise output fills a buffer that stays in L2, and the pointwise panels run over it.
+#include "forward.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "tiles.h"
+
+namespace sepconv {
+namespace {
+
+// Pixels of a tile: its depthwise output and one weight panel share the L2 budget.
+template <typename T>
+int64_t TilePixels(int64_t depth, int64_t filters, const Kernels<T>& kernels) {
+  const int64_t element = sizeof(T);
+  int64_t pixels;
+  if (filters <= 2 * kernels.columns) {
+    pixels = std::max(kForwardNarrowTileBytes / (depth * element), 2 * kernels.rows);
+  } else {
+    pixels = (kForwardTileBytes - depth * kernels.columns * element) / (depth * element);
+  }
+  return std::clamp(pixels, kernels.rows, kForwardMaxPixels);
+}
+
+template <typename S>
+class ForwardLoop {
+ public:
+  using T = ComputeType<S>;
+
+  ForwardLoop(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient)
+      : p_(g, args.x, args.depthwise_bias),
+        weights_(p_, args.depthwise_kernel, args.depthwise_bias, args.bias),
+        pointwise_(static_cast<const S*>(args.pointwise_kernel)),
+        y_(static_cast<S*>(args.y)),
+        gradient_(gradient),
+        columns_(p_.kernels.columns),
+        panels_(p_.filters, p_.kernels),
+        threads_(ThreadsFor(p_.macs())) {
+    // Packing reads and writes the weights once; with few pixels that costs more than reading them
+    // in place. A last panel that ends inside a vector is packed all the same, because the
+    // micro-kernel reads whole vectors.
+    const bool in_place = std::is_same_v<S, T> && p_.pixels <= kUnpackedPixels;
+    first_packed_ = !in_place                                ? 0
+                    : panels_.packed_columns() == p_.filters ? panels_.count()
+                                                             : panels_.count() - 1;
+
+    tile_pixels_ = TilePixels<T>(p_.depth, p_.filters, p_.kernels);
+    int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
+    if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) tiles = RoundUp(tiles, threads_);
+    tile_pixels_ = RoundUp(CeilDiv(p_.pixels, tiles), p_.kernels.rows);
+    tiles_ = CeilDiv(p_.pixels, tile_pixels_);
+    // Too few tiles for the threads: each tile's filters are split, and its depthwise output
+    // computed once per part.
+    parts_ = std::min(panels_.count(), CeilDiv(threads_, tiles_));
+
+    direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
+    depth_stride_ = p_.TileStride(p_.depth);
+    staged_columns_ = g.in_width;
+    strip_ = StripChannels();
+  }
+
+  void Run() {
+    Layout64 shared;
+    const int64_t packed_at =
+        shared.Add((panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth, sizeof(T));
+    Layout64 own;
+    const int64_t tile_at = own.Add(tile_pixels_ * depth_stride_, sizeof(T));
+    const int64_t panel_at = own.Add(direct_y_ ? 0 : tile_pixels_ * columns_, sizeof(T));
+    const int64_t gradient_at = own.Add(gradient_.dz ? tile_pixels_ * columns_ : 0, sizeof(T));
+    const int64_t staged_at =
+        own.Add(InputRows<S>::StagedElements(p_, staged_columns_, strip_), sizeof(T));
+    const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
+    const int64_t rows_at = own.Add(p_.g.kernel_height, sizeof(SourceRow<T>));
+    const int64_t taps_at = own.Add(p_.g.kernel_height * p_.g.kernel_width, sizeof(Tap<T>));
+    const Buffer buffer(shared.bytes() + threads_ * own.bytes());
+    char* memory = buffer.As<char>();
+    packed_ = reinterpret_cast<T*>(memory + packed_at);
+
+    if (first_packed_ < panels_.count()) {
+      ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
+        const int64_t k = task * kTransposeBlock;
+        PackPanels(pointwise_, p_.depth, p_.filters, k, std::min(p_.depth, k + kTransposeBlock),
+                   panels_, first_packed_, packed_);
+      });
+    }
+    ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
+      char* mine = memory + shared.bytes() + worker * own.bytes();
+      const Scratch scratch = {reinterpret_cast<T*>(mine + tile_at),
+                               reinterpret_cast<T*>(mine + panel_at),
+                               reinterpret_cast<T*>(mine + gradient_at),
+                               reinterpret_cast<T*>(mine + staged_at),
+                               reinterpret_cast<int64_t*>(mine + staged_row_at),
+                               reinterpret_cast<SourceRow<T>*>(mine + rows_at),
+                               reinterpret_cast<Tap<T>*>(mine + taps_at)};
+      const int64_t tile = task / parts_, part = task % parts_;
+      const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
+      DepthwiseTile(begin, end, scratch);
+      PointwiseTile(begin, end, panels_.count() * part / parts_,
+                    panels_.count() * (part + 1) / parts_, scratch);
+    });
+  }
+
+ private:
+  struct Scratch {
+    T* tile;      // [pixel][depth]: the depthwise output
+    T* panel;     // [pixel][panel column]: output before it is narrowed or transposed
+    T* gradient;  // [pixel][panel column]
+    T* staged;
+    int64_t* staged_row;
+    SourceRow<T>* rows;
+    Tap<T>* taps;
+  };
+
+  int64_t StripChannels() const {
+    if (p_.rows_in_place) return p_.depth;
+    const int64_t row =
+        InputRows<S>::NumSlots(p_) * staged_columns_ * static_cast<int64_t>(sizeof(T));
+    const int64_t fit =
+        kStagedRowsBytes / std::max<int64_t>(row, 1) / p_.kernels.lanes * p_.kernels.lanes;
+    return std::clamp(fit, std::min(2 * p_.kernels.lanes, p_.depth), p_.depth);
+  }
+
+  void DepthwiseTile(int64_t begin, int64_t end, const Scratch& scratch) const {
+    const Geometry& g = p_.g;
+    InputRows<S> input(p_, scratch.staged, scratch.staged_row);
+    // A tile inside one row stages only the columns that it reads.
+    int64_t column_begin = 0, column_end = g.in_width;
+    const int64_t first = begin % g.out_width;
+    if (first + (end - begin) <= g.out_width) {
+      const int64_t reach = (g.kernel_width - 1) * g.dilation_width;
+      column_begin = std::clamp<int64_t>(first * g.stride_width - g.pad_left, 0, g.in_width);
+      column_end =
+          std::clamp<int64_t>((first + end - begin - 1) * g.stride_width - g.pad_left + reach + 1,
+                              column_begin, g.in_width);
+    }
+    for (int64_t q = 0; q < p_.depth; q += strip_) {
+      const int64_t q_end = std::min(p_.depth, q + strip_);
+      input.SetStrip(q, q_end, column_begin, column_end);
+      for (int64_t pixel = begin; pixel < end;) {
+        const int64_t row = pixel / g.out_width, column = pixel % g.out_width;
+        const int64_t count = std::min(end - pixel, g.out_width - column);
+        DepthwiseRow(p_, input, row / g.out_height, row % g.out_height, column, column + count, q,
+                     q_end, scratch.rows, scratch.taps,
+                     scratch.tile + (pixel - begin) * depth_stride_ + q, depth_stride_);
+        pixel += count;
+      }
+    }
+    if (p_.depthwise_activation() != Activation::kLinear) {
+      p_.kernels.activate(p_.depthwise_activation(), scratch.tile, end - begin, p_.depth,
+                          depth_stride_);
+    }
+    RoundRows<S>(scratch.tile, end - begin, p_.depth, depth_stride_);
+  }
+
+  void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
+                     const Scratch& scratch) const {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    // relu and relu6 are clamps, which the micro-kernel applies to its registers.
+    const Activation activation = gradient_.dz ? Activation::kLinear : p_.activation();
+    const bool clamps = activation == Activation::kRelu || activation == Activation::kRelu6;
+    const T low = clamps ? 0 : -kInfinity, high = activation == Activation::kRelu6 ? 6 : kInfinity;
+    const int64_t pixels = end - begin;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t column = panels_.begin(panel), count = panels_.columns(panel);
+      const T* b = nullptr;
+      int64_t b_stride = panels_.width(panel);
+      if (panel >= first_packed_) b = packed_ + (column - panels_.begin(first_packed_)) * p_.depth;
+      T* out = scratch.panel;
+      int64_t out_stride = columns_;
+      if constexpr (std::is_same_v<S, T>) {
+        if (panel < first_packed_) {
+          b = pointwise_ + column;
+          b_stride = p_.filters;
+        }
+        if (direct_y_) {
+          out = y_ + begin * p_.filters + column;
+          out_stride = p_.filters;
+        }
+      }
+      p_.kernels.gemm({pixels, p_.depth, count, scratch.tile, depth_stride_, 1, b, b_stride, out,
+                       out_stride, p_.bias ? p_.bias + column : nullptr, low, high, false});
+      if (activation != Activation::kLinear && !clamps) {
+        p_.kernels.activate(activation, out, pixels, count, out_stride);
+      }
+      if (gradient_.dz) {
+        LoadPixels(p_.g, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
+                   scratch.gradient, columns_);
+        for (int64_t p = 0; p < pixels; ++p) {
+          p_.kernels.slope_from_input(
+              p_.activation(), scratch.gradient + p * columns_, out + p * columns_,
+              gradient_.dz + (begin + p) * gradient_.stride + column, count);
+        }
+      } else if (!direct_y_) {
+        StorePixels(p_.g, out, out_stride, y_, p_.filters, p_.image_pixels, begin, end, column,
+                    count);
+      }
+    }
+  }
+
+  Problem<S> p_;
+  WidenedWeights<S> weights_;
+  const S* pointwise_;
+  S* y_;
+  OutputGradient<S> gradient_;
+  int64_t columns_;
+  Panels panels_;
+  int64_t threads_;
+  int64_t first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1, depth_stride_ = 0,
+          staged_columns_ = 0, strip_ = 0;
+  bool direct_y_ = false;
+  T* packed_ = nullptr;
+};
+
+}  // namespace
+
+template <typename S>
+void RunForward(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient) {
+  if (g.pixels() > 0) ForwardLoop<S>(g, args, gradient).Run();
+}
+template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<float>&);
+template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<double>&);
+template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<BFloat16>&);
+template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<Float16>&);
+
+void Forward(const Geometry& geometry, DType dtype, const ForwardArgs& args) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return RunForward<float>(geometry, args, {});
+    case DType::kFloat64:
+      return RunForward<double>(geometry, args, {});
+    case DType::kBFloat16:
+      return RunForward<BFloat16>(geometry, args, {});
+    case DType::kFloat16:
+      return RunForward<Float16>(geometry, args, {});
+  }
+}
+
+}  // namespace sepconv

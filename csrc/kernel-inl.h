@@ -1,0 +1,404 @@
+// The micro-kernels: one text, compiled once per target inside its region and namespace. The
+// including file has included simd.h and defined `kTuning`. No checks here: the loops hand over
+// whole tiles and tails.
+
+#include "math-inl.h"
+
+// Every third row of A has its own pointer: one addressing mode reaches base, base + s and base + 2
+// s, so that the rows need few address registers and no index arithmetic.
+template <int kRows, bool kUnitRows>
+inline constexpr int kBases = kUnitRows ? 1 : (kRows + 2) / 3;
+
+// One step of the depth: kRows broadcasts times kVectors loads, all products into the accumulators.
+template <typename T, int kRows, int kVectors, bool kUnitRows>
+SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
+                              const T* const (&base)[kBases<kRows, kUnitRows>], int64_t row_stride,
+                              int64_t depth_offset, const T* b) {
+  Vec<T> column[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) column[v] = Load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const T* row = kUnitRows ? base[0] + r : base[kUnitRows ? 0 : r / 3] + (r % 3) * row_stride;
+    const Vec<T> x = Set(row[depth_offset]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+  }
+}
+
+// One register tile. kRows x kVectors accumulators run over the whole depth and are never spilled.
+// kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
+template <typename T, int kRows, int kVectors, bool kUnitRows>
+void MicroKernel(const GemmArgs<T>& g, const T* a, T* c) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
+  }
+  const int64_t row_stride = kUnitRows ? 1 : g.a_row_stride;
+  const int64_t depth_stride = kUnitRows ? g.a_depth_stride : 1;
+  const int64_t b_stride = g.b_stride;
+  const T* b = g.b;
+  const T* base[kBases<kRows, kUnitRows>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] = a + 3 * i * row_stride;
+
+  int64_t k = 0;
+  for (; k + 4 <= g.depth; k += 4) {
+    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
+    b += b_stride;
+    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, depth_stride, b);
+    b += b_stride;
+    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 2 * depth_stride, b);
+    b += b_stride;
+    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 3 * depth_stride, b);
+    b += b_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += 4 * depth_stride;
+  }
+  for (; k < g.depth; ++k) {
+    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
+    b += b_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += depth_stride;
+  }
+
+  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
+  if (g.accumulate) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      T* to = c + r * g.c_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
+      to += (kVectors - 1) * kL;
+      if (last == kL) {
+        Store(to, Load(to) + sum[r][kVectors - 1]);
+      } else {
+        StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
+      }
+    }
+    return;
+  }
+  Vec<T> bias[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    bias[v] = !g.bias                          ? Vec<T>{}
+              : v + 1 < kVectors || last == kL ? Load(g.bias + v * kL)
+                                               : LoadFirst(g.bias + v * kL, last);
+  }
+  const Vec<T> low = Set(g.low), high = Set(g.high);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    T* to = c + r * g.c_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> value = AtMost(AtLeast(sum[r][v] + bias[v], low), high);
+      if (v + 1 < kVectors || last == kL) {
+        Store(to + v * kL, value);
+      } else {
+        StoreFirst(to + v * kL, last, value);
+      }
+    }
+  }
+}
+
+template <typename T>
+using MicroKernelPointer = void (*)(const GemmArgs<T>&, const T*, T*);
+
+// Micro-kernels for 1, 2, ... rows.
+template <typename T, int kVectors, bool kUnitRows, size_t... R>
+SEPCONV_INLINE MicroKernelPointer<T> MicroKernelFor(int64_t rows, std::index_sequence<R...>) {
+  static constexpr MicroKernelPointer<T> kTable[] = {MicroKernel<T, R + 1, kVectors, kUnitRows>...};
+  return kTable[rows - 1];
+}
+
+template <typename T, int kVectors, bool kUnitRows>
+void GemmPanel(const GemmArgs<T>& g) {
+  // Rows are shared out evenly: 49 rows in tiles of at most 14 are 13 + 12 + 12 + 12, not 14 + 14 +
+  // 14 + 7.
+  constexpr int kRows = kTuning.micro_rows[kVectors - 1];
+  const int64_t tiles = (g.rows + kRows - 1) / kRows;
+  const int64_t small = g.rows / tiles, larger = g.rows % tiles;
+  constexpr auto kRowCounts = std::make_index_sequence<kRows>();
+  const T* a = g.a;
+  T* c = g.c;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t rows = small + (tile < larger);
+    MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c);
+    a += rows * g.a_row_stride;
+    c += rows * g.c_stride;
+  }
+}
+
+template <typename T, bool kUnitRows, size_t... V>
+SEPCONV_INLINE void GemmByVectors(const GemmArgs<T>& g, std::index_sequence<V...>) {
+  static constexpr void (*kTable[])(const GemmArgs<T>&) = {GemmPanel<T, V + 1, kUnitRows>...};
+  kTable[(g.columns - 1) / kLanes<T>](g);
+}
+
+template <typename T>
+void Gemm(const GemmArgs<T>& g) {
+  if (g.rows == 0) return;
+  constexpr auto kVectorCounts = std::make_index_sequence<kTuning.micro_vectors>();
+  if (g.a_row_stride == 1) {
+    GemmByVectors<T, true>(g, kVectorCounts);
+  } else {
+    GemmByVectors<T, false>(g, kVectorCounts);
+  }
+}
+
+// kPixels x kVectors accumulators; every tap loads its weights once for all pixels of the block.
+template <typename T, int kPixels, int kVectors, bool kWhole>
+SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int64_t channel,
+                                   int count) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kPixels][kVectors];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[p][v] = d.bias ? LoadLanes<kWhole>(d.bias + channel + v * kL, count) : Vec<T>{};
+    }
+  }
+  const int64_t stride = d.source_stride;
+  const int64_t offset = pixel * stride + channel;
+  for (int64_t t = 0; t < d.num_taps; ++t) {
+    const T* weight = d.taps[t].weight + channel;
+    const T* source = d.taps[t].source + offset;
+    Vec<T> w[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = LoadLanes<kWhole>(weight + v * kL, count);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[p][v] += w[v] * LoadLanes<kWhole>(source + p * stride + v * kL, count);
+      }
+    }
+  }
+  T* out = d.out + pixel * d.out_stride + channel;
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      StoreLanes<kWhole>(out + p * d.out_stride + v * kL, count, sum[p][v]);
+  }
+}
+
+template <typename T, int kPixels>
+SEPCONV_INLINE void DepthwisePixels(const DepthwiseArgs<T>& d, int64_t pixel) {
+  constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors;
+  int64_t channel = 0;
+  for (; channel + kV * kL <= d.channels; channel += kV * kL) {
+    DepthwiseBlock<T, kPixels, kV, true>(d, pixel, channel, kL);
+  }
+  for (; channel + kL <= d.channels; channel += kL)
+    DepthwiseBlock<T, kPixels, 1, true>(d, pixel, channel, kL);
+  if (channel < d.channels) {
+    DepthwiseBlock<T, kPixels, 1, false>(d, pixel, channel, static_cast<int>(d.channels - channel));
+  }
+}
+
+// Pixels outside, channels inside: every tap then reads its row of memory from front to back, as
+// prefetchers like it.
+template <typename T>
+void Depthwise(const DepthwiseArgs<T>& d) {
+  constexpr int kP = kTuning.depthwise_pixels;
+  int64_t pixel = 0;
+  for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP>(d, pixel);
+  for (; pixel < d.pixels; ++pixel) DepthwisePixels<T, 1>(d, pixel);
+}
+
+template <typename T, int kTaps, int kVectors, bool kWhole>
+void GradientBlock(const DepthwiseGradientArgs<T>& d, const Tap<T>* taps, int64_t channel,
+                   int count) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kTaps][kVectors];
+  const T* source[kTaps];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) {
+    source[t] = taps[t].source + channel;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[t][v] = Vec<T>{};
+  }
+  const T* gradient = d.gradient + channel;
+  int64_t offset = 0;
+  for (int64_t p = 0; p < d.pixels; ++p) {
+    Vec<T> g[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) g[v] = LoadLanes<kWhole>(gradient + v * kL, count);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[t][v] += g[v] * LoadLanes<kWhole>(source[t] + offset + v * kL, count);
+      }
+    }
+    gradient += d.gradient_stride;
+    offset += d.source_stride;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = taps[t].weight_sum + channel + v * kL;
+      StoreLanes<kWhole>(to, count, LoadLanes<kWhole>(to, count) + sum[t][v]);
+    }
+  }
+}
+
+template <typename T, int kVectors, bool kWhole, size_t... N>
+SEPCONV_INLINE void GradientStrip(const DepthwiseGradientArgs<T>& d, int64_t channel, int count,
+                                  std::index_sequence<N...>) {
+  using Pointer = void (*)(const DepthwiseGradientArgs<T>&, const Tap<T>*, int64_t, int);
+  static constexpr Pointer kTable[] = {GradientBlock<T, N + 1, kVectors, kWhole>...};
+  // Taps in groups of nearly equal size: a lone last tap would wait for its own additions.
+  const int64_t groups = (d.num_taps + kTuning.gradient_taps - 1) / kTuning.gradient_taps;
+  const Tap<T>* taps = d.taps;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t size = d.num_taps / groups + (group < d.num_taps % groups);
+    kTable[size - 1](d, taps, channel, count);
+    taps += size;
+  }
+}
+
+template <typename T>
+void DepthwiseGradient(const DepthwiseGradientArgs<T>& d) {
+  constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors;
+  constexpr auto kTapCounts = std::make_index_sequence<kTuning.gradient_taps>();
+  int64_t channel = 0;
+  for (; channel + kV * kL <= d.channels; channel += kV * kL) {
+    GradientStrip<T, kV, true>(d, channel, kL, kTapCounts);
+  }
+  for (; channel + kL <= d.channels; channel += kL)
+    GradientStrip<T, 1, true>(d, channel, kL, kTapCounts);
+  if (channel < d.channels) {
+    GradientStrip<T, 1, false>(d, channel, static_cast<int>(d.channels - channel), kTapCounts);
+  }
+}
+
+template <typename T, Activation kActivation>
+struct ActivateOp {
+  static SEPCONV_INLINE Vec<T> Run(Vec<T> x, Vec<T>) { return Activate<T, kActivation>(x); }
+};
+template <typename T, Activation kActivation>
+struct SlopeFromInputOp {
+  static SEPCONV_INLINE Vec<T> Run(Vec<T> z, Vec<T> gradient) {
+    return gradient * SlopeFromInput<T, kActivation>(z);
+  }
+};
+template <typename T, Activation kActivation>
+struct SlopeFromOutputOp {
+  static SEPCONV_INLINE Vec<T> Run(Vec<T> y, Vec<T> gradient) {
+    return gradient * SlopeFromOutput<T, kActivation>(y);
+  }
+};
+
+// out[i] = Op(value[i], other[i]) over a run of elements.
+template <typename T, typename Op>
+void Elementwise(const T* value, const T* other, T* out, int64_t count) {
+  constexpr int kL = kLanes<T>;
+  int64_t i = 0;
+  for (; i + kL <= count; i += kL) Store(out + i, Op::Run(Load(value + i), Load(other + i)));
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    StoreFirst(out + i, rest, Op::Run(LoadFirst(value + i, rest), LoadFirst(other + i, rest)));
+  }
+}
+
+template <typename T, template <typename, Activation> class Op, size_t... A>
+SEPCONV_INLINE auto ElementwiseFor(Activation activation, std::index_sequence<A...>) {
+  using Pointer = void (*)(const T*, const T*, T*, int64_t);
+  static constexpr Pointer kTable[] = {Elementwise<T, Op<T, static_cast<Activation>(A)>>...};
+  return kTable[static_cast<int64_t>(activation)];
+}
+template <typename T, template <typename, Activation> class Op>
+SEPCONV_INLINE auto ElementwiseFor(Activation activation) {
+  return ElementwiseFor<T, Op>(activation, std::make_index_sequence<kNumActivations>());
+}
+
+template <typename T>
+void ActivateRows(Activation activation, T* data, int64_t rows, int64_t columns, int64_t stride) {
+  const auto run = ElementwiseFor<T, ActivateOp>(activation);
+  for (int64_t r = 0; r < rows; ++r)
+    run(data + r * stride, data + r * stride, data + r * stride, columns);
+}
+
+template <typename T>
+void GradientTimesSlopeFromInput(Activation activation, const T* gradient, const T* z, T* out,
+                                 int64_t count) {
+  ElementwiseFor<T, SlopeFromInputOp>(activation)(z, gradient, out, count);
+}
+
+template <typename T>
+void GradientTimesSlopeFromOutput(Activation activation, const T* gradient, const T* y, T* out,
+                                  int64_t count) {
+  ElementwiseFor<T, SlopeFromOutputOp>(activation)(y, gradient, out, count);
+}
+
+template <typename T, int kVectors, bool kWhole>
+SEPCONV_INLINE void AddColumnSumsOf(const T* data, int64_t rows, int64_t stride, int count,
+                                    T* sums) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sum[v] = Vec<T>{};
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      sum[v] += LoadLanes<kWhole>(data + r * stride + v * kL, count);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    StoreLanes<kWhole>(sums + v * kL, count, LoadLanes<kWhole>(sums + v * kL, count) + sum[v]);
+  }
+}
+
+template <typename T>
+void AddColumnSums(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums) {
+  constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors * 4;
+  int64_t c = 0;
+  for (; c + kV * kL <= columns; c += kV * kL)
+    AddColumnSumsOf<T, kV, true>(data + c, rows, stride, kL, sums + c);
+  for (; c + kL <= columns; c += kL)
+    AddColumnSumsOf<T, 1, true>(data + c, rows, stride, kL, sums + c);
+  if (c < columns)
+    AddColumnSumsOf<T, 1, false>(data + c, rows, stride, static_cast<int>(columns - c), sums + c);
+}
+
+// As many independent multiply-adds as the micro-kernel has, from registers alone: the peak to
+// compare with.
+template <typename T>
+void FmaChains(int64_t steps, T* result) {
+  constexpr int kChains = kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors;
+  Vec<T> sum[kChains];
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) sum[i] = Set(T(i));
+  Vec<T> x = Set(T(0.5)), y = Set(T(1));
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * x + y;
+  }
+  Vec<T> total = {};
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) total += sum[i];
+  *result = total[0];
+}
+
+template <typename T>
+constexpr Kernels<T> MakeKernels() {
+  return {kLanes<T>,
+          kTuning.micro_rows[kTuning.micro_vectors - 1],
+          kTuning.micro_vectors * kLanes<T>,
+          Gemm<T>,
+          Depthwise<T>,
+          DepthwiseGradient<T>,
+          ActivateRows<T>,
+          GradientTimesSlopeFromInput<T>,
+          GradientTimesSlopeFromOutput<T>,
+          AddColumnSums<T>,
+          FmaChains<T>,
+          2 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<T>};
+}

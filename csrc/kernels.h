@@ -1,0 +1,98 @@
+// The table of functions that one target provides. The loops (forward.cc, backward.cc) know only
+// this.
+#ifndef SEPCONV_KERNELS_H_
+#define SEPCONV_KERNELS_H_
+
+#include <cstdint>
+
+#include "sepconv.h"
+
+namespace sepconv {
+
+// C[rows x columns] = A B, then + bias, then clamped to [low, high]; or C += A B.
+// One panel: columns <= tile columns. One of A's strides is 1. B rows must be readable up to the
+// next whole vector.
+template <typename T>
+struct GemmArgs {
+  int64_t rows, depth, columns;
+  const T* a;
+  int64_t a_row_stride, a_depth_stride;
+  const T* b;
+  int64_t b_stride;
+  T* c;
+  int64_t c_stride;
+  const T* bias;  // null: none
+  T low, high;    // (-inf, inf): no clamp
+  bool accumulate;
+};
+
+// One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
+// their sums).
+template <typename T>
+struct Tap {
+  const T* source;
+  const T* weight;
+  T* weight_sum;
+};
+
+// out[p][c] = bias[c] + sum over taps of source[p * source_stride + c] * weight[c]
+template <typename T>
+struct DepthwiseArgs {
+  const Tap<T>* taps;
+  int64_t num_taps, pixels, channels, source_stride;
+  const T* bias;  // null: none
+  T* out;
+  int64_t out_stride;
+};
+
+// weight_sum[c] += sum over pixels of source[p * source_stride + c] * gradient[p * gradient_stride
+// + c], per tap
+template <typename T>
+struct DepthwiseGradientArgs {
+  const Tap<T>* taps;
+  int64_t num_taps, pixels, channels, source_stride;
+  const T* gradient;
+  int64_t gradient_stride;
+};
+
+template <typename T>
+struct Kernels {
+  int64_t lanes, rows, columns;  // of the widest micro-kernel tile
+  void (*gemm)(const GemmArgs<T>&);
+  void (*depthwise)(const DepthwiseArgs<T>&);
+  void (*depthwise_gradient)(const DepthwiseGradientArgs<T>&);
+  void (*activate)(Activation, T* data, int64_t rows, int64_t columns, int64_t stride);
+  // out = gradient * slope(z), or gradient * slope given the activation's output y. `out` may be
+  // any of the inputs.
+  void (*slope_from_input)(Activation, const T* gradient, const T* z, T* out, int64_t count);
+  void (*slope_from_output)(Activation, const T* gradient, const T* y, T* out, int64_t count);
+  void (*add_column_sums)(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums);
+  void (*fma_chains)(int64_t steps,
+                     T* result);  // `fma_chain_flops` floating-point operations a step
+  int64_t fma_chain_flops;
+};
+
+struct Target {
+  const char* name;
+  bool (*runs_here)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The target in force; reading it is one atomic load.
+const Target& CurrentTargetTable();
+
+template <typename T>
+const Kernels<T>& KernelsOf(const Target& target);
+template <>
+inline const Kernels<float>& KernelsOf<float>(const Target& target) {
+  return target.f32;
+}
+template <>
+inline const Kernels<double>& KernelsOf<double>(const Target& target) {
+  return target.f64;
+}
+
+}  // namespace sepconv
+
+#endif  // SEPCONV_KERNELS_H_

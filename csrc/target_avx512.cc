@@ -1,0 +1,52 @@
+// AVX-512 F/BW/DQ/VL: every server core since Skylake-SP and Zen 4.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "targets.h"
+#include "tuning.h"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+namespace sepconv::avx512 {
+
+#define SEPCONV_VECTOR_BYTES 64
+#define SEPCONV_SIMD_AVX512
+inline constexpr TargetTuning kTuning = kAvx512Tuning;
+static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
+
+#include "kernel-inl.h"
+#include "simd.h"
+
+}  // namespace sepconv::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace sepconv {
+namespace {
+bool RunsHere() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+}  // namespace
+
+const Target kAvx512Target = {"avx512", RunsHere, avx512::MakeKernels<float>(),
+                              avx512::MakeKernels<double>()};
+
+}  // namespace sepconv
+#endif

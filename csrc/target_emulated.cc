@@ -1,0 +1,50 @@
+// The 64-byte vectors and the tile shapes of the AVX-512 target on a CPU with AVX2: slow, never
+// chosen by itself. With it every tile edge of the AVX-512 target is tested on machines that do not
+// have the instructions.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "targets.h"
+#include "tuning.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace sepconv::emulated_avx512 {
+
+#define SEPCONV_VECTOR_BYTES 64
+inline constexpr TargetTuning kTuning = kAvx512Tuning;
+static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
+
+#include "kernel-inl.h"
+#include "simd.h"
+
+}  // namespace sepconv::emulated_avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace sepconv {
+namespace {
+bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace
+
+const Target kEmulatedAvx512Target = {"emulated_avx512", RunsHere,
+                                      emulated_avx512::MakeKernels<float>(),
+                                      emulated_avx512::MakeKernels<double>()};
+
+}  // namespace sepconv
+#endif

@@ -1,0 +1,106 @@
+#include "targets.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "sepconv.h"
+#include "tuning.h"
+
+namespace sepconv {
+namespace {
+
+// Best first. The last one is for tests and never chosen by itself.
+const Target* const kTargets[] = {
+#if defined(__x86_64__)
+    &kAvx512Target,
+    &kAvx2Target,
+    &kPortableTarget,
+    &kEmulatedAvx512Target,
+#elif defined(__aarch64__)
+    &kNeonTarget,
+    &kPortableTarget,
+#else
+    &kPortableTarget,
+#endif
+};
+
+const Target* FindTarget(const std::string& name) {
+  for (const Target* target : kTargets) {
+    if (name == target->name) return target->runs_here() ? target : nullptr;
+  }
+  return nullptr;
+}
+
+const Target* BestTarget() {
+  for (const Target* target : kTargets) {
+    if (target->runs_here()) return target;
+  }
+  return &kPortableTarget;
+}
+
+std::atomic<const Target*> current{nullptr};
+
+}  // namespace
+
+const Target& CurrentTargetTable() {
+  const Target* target = current.load(std::memory_order_acquire);
+  if (target) return *target;
+  // SEPCONV_TARGET was checked when the module was loaded (see bind/module.cc); here a wrong name
+  // means the best.
+  const char* forced = std::getenv("SEPCONV_TARGET");
+  target = forced ? FindTarget(forced) : nullptr;
+  if (!target) target = BestTarget();
+  current.store(target, std::memory_order_release);
+  return *target;
+}
+
+std::vector<std::string> AvailableTargets() {
+  std::vector<std::string> names;
+  for (const Target* target : kTargets) {
+    if (target->runs_here()) names.push_back(target->name);
+  }
+  return names;
+}
+
+std::string CurrentTarget() { return CurrentTargetTable().name; }
+
+bool SetTarget(const std::string& name) {
+  const Target* target = name.empty() ? BestTarget() : FindTarget(name);
+  if (!target) return false;
+  current.store(target, std::memory_order_release);
+  return true;
+}
+
+TileConstants CurrentTileConstants(DType dtype) {
+  const Target& target = CurrentTargetTable();
+  const bool wide = dtype == DType::kFloat64;
+  return {wide ? target.f64.lanes : target.f32.lanes,
+          wide ? target.f64.rows : target.f32.rows,
+          wide ? target.f64.columns : target.f32.columns,
+          kForwardMaxPixels,
+          kBackwardPixels,
+          kBackwardChannels};
+}
+
+bool SlopeFollowsFromOutput(Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+    case Activation::kRelu6:
+    case Activation::kLeakyRelu:
+    case Activation::kSigmoid:
+    case Activation::kTanh:
+    case Activation::kHardSigmoid:
+    case Activation::kElu:
+      return true;
+    case Activation::kLinear:  // needs nothing at all
+    case Activation::kSilu:
+    case Activation::kGelu:
+    case Activation::kHardSilu:
+      return false;
+  }
+  return false;
+}
+
+}  // namespace sepconv

@@ -1,0 +1,425 @@
+// What forward and backward share: where taps read, staged input rows, and rows of pixels in either
+// layout.
+#ifndef SEPCONV_TILES_H_
+#define SEPCONV_TILES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "sepconv.h"
+#include "storage.h"
+#include "tuning.h"
+
+namespace sepconv {
+
+// One kernel column over a run of pixels: pixel t reads source column first + t * step, for begin
+// <= t < end.
+struct ColumnTap {
+  int64_t kernel_column, first, begin, end;
+};
+
+// A row of pixels cut into segments within which the same kernel columns read inside the image.
+class ColumnPlan {
+ public:
+  struct Segment {
+    int64_t begin, end;
+    std::vector<ColumnTap> taps;
+  };
+
+  ColumnPlan() = default;
+  ColumnPlan(int64_t num_pixels, int64_t step, const std::vector<ColumnTap>& taps) : step_(step) {
+    std::vector<int64_t> cuts = {0, num_pixels};
+    for (const ColumnTap& tap : taps) {
+      for (const int64_t cut : {tap.begin, tap.end})
+        cuts.push_back(std::clamp<int64_t>(cut, 0, num_pixels));
+    }
+    std::sort(cuts.begin(), cuts.end());
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      if (cuts[i] == cuts[i + 1]) continue;
+      Segment segment{cuts[i], cuts[i + 1], {}};
+      for (const ColumnTap& tap : taps) {
+        if (tap.begin <= cuts[i] && cuts[i + 1] <= tap.end) segment.taps.push_back(tap);
+      }
+      segments_.push_back(std::move(segment));
+    }
+  }
+
+  const std::vector<Segment>& segments() const { return segments_; }
+  int64_t step() const { return step_; }
+
+ private:
+  std::vector<Segment> segments_;
+  int64_t step_ = 1;
+};
+
+// One kernel row that reads inside the image: pixel 0 of source column 0, as if it were there.
+template <typename T>
+struct SourceRow {
+  int64_t kernel_row;
+  const T* data;
+};
+
+// Calls run(first pixel, number of pixels, taps, number of taps) for each segment within [begin,
+// end). Tap sources point at the segment's first pixel. `taps` has room for every kernel tap.
+template <typename T, typename Run>
+void ForEachSegment(const ColumnPlan& plan, int64_t begin, int64_t end, const SourceRow<T>* rows,
+                    int64_t num_rows, int64_t column_stride, int64_t kernel_width,
+                    int64_t tap_stride, const T* weights, T* weight_sums, Tap<T>* taps, Run&& run) {
+  for (const ColumnPlan::Segment& segment : plan.segments()) {
+    const int64_t first = std::max(begin, segment.begin), last = std::min(end, segment.end);
+    if (first >= last) continue;
+    int64_t num_taps = 0;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (const ColumnTap& tap : segment.taps) {
+        const int64_t weight = (rows[r].kernel_row * kernel_width + tap.kernel_column) * tap_stride;
+        taps[num_taps++] = {rows[r].data + (tap.first + first * plan.step()) * column_stride,
+                            weights ? weights + weight : nullptr,
+                            weight_sums ? weight_sums + weight : nullptr};
+      }
+    }
+    run(first, last - first, taps, num_taps);
+  }
+}
+
+// Everything that is derived once per call.
+template <typename S>
+struct Problem {
+  using T = ComputeType<S>;
+
+  Problem(const Geometry& geometry, const void* x_data, const void* depthwise_bias_data)
+      : g(geometry),
+        kernels(KernelsOf<T>(CurrentTargetTable())),
+        depth(geometry.depthwise_channels()),
+        filters(geometry.out_channels),
+        image_pixels(geometry.out_height * geometry.out_width),
+        pixels(geometry.pixels()),
+        x(static_cast<const S*>(x_data)),
+        depthwise_bias_stored(static_cast<const S*>(depthwise_bias_data)) {
+    std::vector<ColumnTap> taps;
+    for (int64_t j = 0; j < g.kernel_width; ++j) {
+      // Pixel ow reads column ow * stride + shift, which must lie in [0, in_width).
+      const int64_t shift = j * g.dilation_width - g.pad_left;
+      taps.push_back({j, shift, shift < 0 ? CeilDiv(-shift, g.stride_width) : 0,
+                      shift >= g.in_width ? 0 : CeilDiv(g.in_width - shift, g.stride_width)});
+    }
+    columns = ColumnPlan(g.out_width, g.stride_width, taps);
+    // Rows of x are read in place where they already are what the depthwise kernel wants.
+    rows_in_place = std::is_same_v<S, T> && !g.channels_first() && g.depth_multiplier == 1 &&
+                    g.input_activation == static_cast<int64_t>(Activation::kLinear);
+  }
+
+  int64_t row_reach() const { return (g.kernel_height - 1) * g.dilation_height + 1; }
+  Activation activation() const { return static_cast<Activation>(g.activation); }
+  Activation depthwise_activation() const {
+    return static_cast<Activation>(g.depthwise_activation);
+  }
+  Activation input_activation() const { return static_cast<Activation>(g.input_activation); }
+  int64_t macs() const { return pixels * depth * (filters + g.kernel_height * g.kernel_width); }
+  // Row length of a tile of `columns` elements.
+  static int64_t TileStride(int64_t columns) {
+    return RoundUp(columns, kBufferAlignment / sizeof(T)) +
+           kTileRowPadBytes / static_cast<int64_t>(sizeof(T));
+  }
+
+  const Geometry& g;
+  const Kernels<T>& kernels;
+  const int64_t depth, filters, image_pixels, pixels;
+  const S* x;
+  const S* depthwise_bias_stored;
+  // In the compute type; set by the loops, because widening them needs a buffer.
+  const T* depthwise_kernel = nullptr;
+  const T* depthwise_bias = nullptr;
+  const T* bias = nullptr;
+  ColumnPlan columns;
+  bool rows_in_place = false;
+};
+
+inline int64_t ThreadsFor(int64_t macs) {
+  return std::max<int64_t>(1, std::min(GetNumThreads(), macs / kMinMacsPerThread));
+}
+
+// Copies of the small weights in the compute type, where they are stored in another.
+template <typename S>
+class WidenedWeights {
+ public:
+  using T = ComputeType<S>;
+  WidenedWeights(Problem<S>& problem, const void* depthwise_kernel, const void* depthwise_bias,
+                 const void* bias)
+      : taps_(problem.g.kernel_height * problem.g.kernel_width * problem.depth),
+        buffer_(std::is_same_v<S, T> ? 0 : (taps_ + problem.depth + problem.filters) * sizeof(T)) {
+    T* to = buffer_.template As<T>();
+    problem.depthwise_kernel = Widened(depthwise_kernel, taps_, to);
+    problem.depthwise_bias = Widened(depthwise_bias, problem.depth, to + taps_);
+    problem.bias = Widened(bias, problem.filters, to + taps_ + problem.depth);
+  }
+
+ private:
+  static const T* Widened(const void* stored, int64_t count, T* to) {
+    if (!stored) return nullptr;
+    const S* from = static_cast<const S*>(stored);
+    if constexpr (std::is_same_v<S, T>) {
+      return from;
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = Widen(from[i]);
+      return to;
+    }
+  }
+  int64_t taps_;
+  Buffer buffer_;
+};
+
+// Copies columns [column_begin, column_end) of channels [c_begin, c_end) of one input row, each
+// channel `multiplier` times, to out[column][channel]; q_begin is the first depthwise channel
+// wanted.
+template <typename S>
+void CopyInputRow(const Geometry& g, const S* x, int64_t image, int64_t row, int64_t column_begin,
+                  int64_t column_end, int64_t q_begin, int64_t q_end, int64_t multiplier,
+                  ComputeType<S>* out, int64_t out_stride) {
+  if (g.channels_first()) {
+    for (int64_t q = q_begin; q < q_end; ++q) {
+      const S* from =
+          x + ((image * g.in_channels + q / multiplier) * g.in_height + row) * g.in_width;
+      auto* to = out + (q - q_begin);
+      for (int64_t w = column_begin; w < column_end; ++w)
+        to[(w - column_begin) * out_stride] = Widen(from[w]);
+    }
+    return;
+  }
+  const S* from = x + ((image * g.in_height + row) * g.in_width + column_begin) * g.in_channels;
+  for (int64_t w = column_begin; w < column_end; ++w) {
+    if (multiplier == 1) {
+      for (int64_t q = q_begin; q < q_end; ++q) out[q - q_begin] = Widen(from[q]);
+    } else {
+      for (int64_t q = q_begin; q < q_end; ++q) out[q - q_begin] = Widen(from[q / multiplier]);
+    }
+    from += g.in_channels;
+    out += out_stride;
+  }
+}
+
+// The input rows of one strip of depthwise channels, as the depthwise kernel wants them: in place,
+// or staged on first use (transposed, widened, activated, repeated) in a ring of as many rows as
+// one output row can reach.
+template <typename S>
+class InputRows {
+ public:
+  using T = ComputeType<S>;
+
+  static int64_t NumSlots(const Problem<S>& p) { return std::min(p.row_reach(), p.g.in_height); }
+  // Elements of staging memory for `columns` columns and `channels` channels.
+  static int64_t StagedElements(const Problem<S>& p, int64_t columns, int64_t channels) {
+    return p.rows_in_place ? 0 : NumSlots(p) * columns * channels;
+  }
+
+  InputRows(const Problem<S>& problem, T* staged, int64_t* staged_row)
+      : p_(problem), staged_(staged), staged_row_(staged_row) {}
+
+  // Chooses the strip [q_begin, q_end) and the columns of x that will be read.
+  void SetStrip(int64_t q_begin, int64_t q_end, int64_t column_begin, int64_t column_end) {
+    q_begin_ = q_begin;
+    q_end_ = q_end;
+    column_begin_ = column_begin;
+    column_end_ = column_end;
+    if (!p_.rows_in_place) std::fill_n(staged_row_, NumSlots(p_), -1);
+  }
+
+  int64_t column_stride() const { return p_.rows_in_place ? p_.g.in_channels : q_end_ - q_begin_; }
+
+  // The rows that output row `out_row` of `image` reads; returns their number.
+  int64_t Rows(int64_t image, int64_t out_row, SourceRow<T>* rows) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < p_.g.kernel_height; ++i) {
+      const int64_t row = out_row * p_.g.stride_height + i * p_.g.dilation_height - p_.g.pad_top;
+      if (row >= 0 && row < p_.g.in_height) rows[count++] = {i, Row(image, row)};
+    }
+    return count;
+  }
+
+ private:
+  const T* Row(int64_t image, int64_t row) {
+    const Geometry& g = p_.g;
+    if constexpr (std::is_same_v<S, T>) {
+      if (p_.rows_in_place)
+        return p_.x + (image * g.in_height + row) * g.in_width * g.in_channels + q_begin_;
+    }
+    const int64_t slot = row % NumSlots(p_), tag = image * g.in_height + row;
+    const int64_t columns = column_end_ - column_begin_, channels = q_end_ - q_begin_;
+    T* data = staged_ + slot * columns * channels;
+    if (staged_row_[slot] != tag) {
+      staged_row_[slot] = tag;
+      CopyInputRow(g, p_.x, image, row, column_begin_, column_end_, q_begin_, q_end_,
+                   g.depth_multiplier, data, channels);
+      if (p_.input_activation() != Activation::kLinear) {
+        p_.kernels.activate(p_.input_activation(), data, 1, columns * channels, columns * channels);
+      }
+    }
+    return data - column_begin_ * channels;
+  }
+
+  const Problem<S>& p_;
+  T* staged_;
+  int64_t* staged_row_;
+  int64_t q_begin_ = 0, q_end_ = 0, column_begin_ = 0, column_end_ = 0;
+};
+
+// Depthwise output of pixels [begin, end) of one output row, before bias-free activation, to
+// out[pixel][channel].
+template <typename S, typename T = ComputeType<S>>
+void DepthwiseRow(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t out_row,
+                  int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, SourceRow<T>* rows,
+                  Tap<T>* taps, T* out, int64_t out_stride) {
+  const int64_t num_rows = input.Rows(image, out_row, rows);
+  ForEachSegment<T>(
+      p.columns, begin, end, rows, num_rows, input.column_stride(), p.g.kernel_width, p.depth,
+      p.depthwise_kernel + q_begin, nullptr, taps,
+      [&](int64_t first, int64_t count, const Tap<T>* segment_taps, int64_t num_taps) {
+        p.kernels.depthwise({segment_taps, num_taps, count, q_end - q_begin,
+                             p.columns.step() * input.column_stride(),
+                             p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
+                             out + (first - begin) * out_stride, out_stride});
+      });
+}
+
+// Rounds to the storage type and back, where an unfused network would store the value.
+template <typename S>
+void RoundRows(ComputeType<S>* data, int64_t rows, int64_t columns, int64_t stride) {
+  if constexpr (!std::is_same_v<S, ComputeType<S>>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c)
+        data[r * stride + c] = Widen(Narrow<S>(data[r * stride + c]));
+    }
+  }
+}
+
+// Pixels [begin, end) of a flattened [batch][height][width] x channels tensor, either layout, cut
+// at images. Calls run(pointer to the first pixel and channel, pixels, pixel stride, channel
+// stride, index of the first pixel).
+template <typename Pointer, typename Run>
+void ForEachImagePart(const Geometry& g, Pointer data, int64_t channels, int64_t image_pixels,
+                      int64_t begin, int64_t end, int64_t channel, Run&& run) {
+  if (!g.channels_first())
+    return run(data + begin * channels + channel, end - begin, channels, int64_t{1}, int64_t{0});
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t image = pixel / image_pixels, within = pixel % image_pixels;
+    const int64_t count = std::min(end - pixel, image_pixels - within);
+    run(data + (image * channels + channel) * image_pixels + within, count, int64_t{1},
+        image_pixels, pixel - begin);
+    pixel += count;
+  }
+}
+
+// Reads [begin, end) x [channel, channel + count) of y or dy into out[pixel][channel].
+template <typename S>
+void LoadPixels(const Geometry& g, const S* data, int64_t channels, int64_t image_pixels,
+                int64_t begin, int64_t end, int64_t channel, int64_t count, ComputeType<S>* out,
+                int64_t out_stride) {
+  ForEachImagePart(g, data, channels, image_pixels, begin, end, channel,
+                   [&](const S* from, int64_t pixels, int64_t pixel_stride, int64_t channel_stride,
+                       int64_t first) {
+                     auto* to = out + first * out_stride;
+                     for (int64_t p0 = 0; p0 < pixels; p0 += kTransposeBlock) {
+                       const int64_t p1 = std::min(pixels, p0 + kTransposeBlock);
+                       if (channel_stride == 1) {
+                         for (int64_t p = p0; p < p1; ++p) {
+                           for (int64_t c = 0; c < count; ++c)
+                             to[p * out_stride + c] = Widen(from[p * pixel_stride + c]);
+                         }
+                       } else {
+                         for (int64_t c = 0; c < count; ++c) {
+                           for (int64_t p = p0; p < p1; ++p)
+                             to[p * out_stride + c] = Widen(from[c * channel_stride + p]);
+                         }
+                       }
+                     }
+                   });
+}
+
+// The reverse: writes from[pixel][channel].
+template <typename S>
+void StorePixels(const Geometry& g, const ComputeType<S>* from, int64_t from_stride, S* data,
+                 int64_t channels, int64_t image_pixels, int64_t begin, int64_t end,
+                 int64_t channel, int64_t count) {
+  ForEachImagePart(
+      g, data, channels, image_pixels, begin, end, channel,
+      [&](S* to, int64_t pixels, int64_t pixel_stride, int64_t channel_stride, int64_t first) {
+        const auto* source = from + first * from_stride;
+        for (int64_t p0 = 0; p0 < pixels; p0 += kTransposeBlock) {
+          const int64_t p1 = std::min(pixels, p0 + kTransposeBlock);
+          if (channel_stride == 1) {
+            for (int64_t p = p0; p < p1; ++p) {
+              for (int64_t c = 0; c < count; ++c) {
+                to[p * pixel_stride + c] = Narrow<S>(source[p * from_stride + c]);
+              }
+            }
+          } else {
+            for (int64_t c = 0; c < count; ++c) {
+              for (int64_t p = p0; p < p1; ++p) {
+                to[c * channel_stride + p] = Narrow<S>(source[p * from_stride + c]);
+              }
+            }
+          }
+        }
+      });
+}
+
+// Columns cut into panels of nearly equal numbers of whole vectors, none wider than a micro-kernel:
+// 128 columns in panels of at most 3 vectors of 8 are 3 + 3 + 3 + 3 + 2 + 2 vectors, not 5 x 3 + 1.
+class Panels {
+ public:
+  Panels() = default;
+  template <typename T>
+  Panels(int64_t columns, const Kernels<T>& kernels)
+      : columns_(columns),
+        lanes_(kernels.lanes),
+        vectors_(CeilDiv(columns, kernels.lanes)),
+        count_(CeilDiv(vectors_ * lanes_, kernels.columns)) {}
+
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t panel) const { return vectors_ * panel / count_ * lanes_; }
+  int64_t columns(int64_t panel) const {
+    return std::min(columns_, begin(panel + 1)) - begin(panel);
+  }
+  // Width in whole vectors: the row length of a packed panel, which starts at element begin *
+  // depth.
+  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+  int64_t packed_columns() const { return vectors_ * lanes_; }
+
+ private:
+  int64_t columns_ = 0, lanes_ = 1, vectors_ = 0, count_ = 1;
+};
+
+// Copies `rows` rows of `count` elements next to each other, each zero-filled to `width`.
+template <typename S>
+void PackRows(const S* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
+              ComputeType<S>* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < count; ++c) to[c] = Widen(from[c]);
+    for (int64_t c = count; c < width; ++c) to[c] = 0;
+    from += stride;
+    to += width;
+  }
+}
+
+// Packs rows [k_begin, k_end) of a [depth][columns] matrix, from panel `first_panel` on, as
+// panel[depth][width], zero-filled. Row blocks outside, panels inside: rows are read in the order
+// of memory, where a panel on its own would touch one line of a new page at every step.
+template <typename S>
+void PackPanels(const S* matrix, int64_t depth, int64_t stride, int64_t k_begin, int64_t k_end,
+                const Panels& panels, int64_t first_panel, ComputeType<S>* packed) {
+  for (int64_t panel = first_panel; panel < panels.count(); ++panel) {
+    const int64_t column = panels.begin(panel), count = panels.columns(panel),
+                  width = panels.width(panel);
+    PackRows(matrix + k_begin * stride + column, stride, k_end - k_begin, count, width,
+             packed + (column - panels.begin(first_panel)) * depth + k_begin * width);
+  }
+}
+
+}  // namespace sepconv
+
+#endif  // SEPCONV_TILES_H_

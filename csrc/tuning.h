@@ -1,0 +1,102 @@
+// Every tile constant of the CPU kernels, with its reason. Nothing else in csrc/ holds a tile
+// literal.
+#ifndef SEPCONV_TUNING_H_
+#define SEPCONV_TUNING_H_
+
+#include <algorithm>
+#include <cstdint>
+
+namespace sepconv {
+
+// Shape of the register tiles of one instruction set. A micro-kernel of v vectors of columns keeps
+// micro_rows[v - 1] x v accumulators in registers.
+inline constexpr int kMaxMicroVectors = 4;
+struct TargetTuning {
+  int vector_bytes;
+  int micro_vectors;                 // widest panel, in vectors (filters)
+  int micro_rows[kMaxMicroVectors];  // rows by broadcast (pixels, or depthwise channels in the
+                                     // weight gradient)
+  int depthwise_pixels;
+  int depthwise_vectors;  // depthwise_vectors * vector_bytes = one cache line: neighbouring taps
+                          // share lines
+  int gradient_taps;
+};
+
+// 32 registers: 14 x 2 = 28 accumulators + 2 columns + 1 broadcast = 31. Per step 16 loads feed 28
+// FMAs; two loads and two FMAs start per cycle, so loads stay hidden. 28 independent FMAs cover 4
+// cycles of latency x 2 pipes threefold.
+inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, 8, 1, 9};
+
+// 16 registers: 4 x 3 = 12 accumulators + 3 columns + 1 broadcast. Per step 7 loads feed 12 FMAs,
+// against 8 loads for 6 x 2: measured 8 % faster on Zen 3, where two loads a cycle are the tighter
+// limit. 12 >= 8 FMAs in flight (4 cycles x 2 pipes).
+inline constexpr TargetTuning kAvx2Tuning{32, 3, {12, 6, 4, 0}, 4, 2, 5};
+
+// 32 registers of 4 floats: 6 x 4 = 24 accumulators + 4 columns + 1 broadcast = 29.
+inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, 4, 4, 4};
+
+// SSE2 class: 16 registers of 4 floats, no FMA: 8 accumulators leave room for products.
+inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, 2, 2, 4};
+
+// Bytes of cache a forward tile may fill: the L2 of the smallest server core in use today (512 KB),
+// of which a little over half goes to the depthwise tile plus one weight panel; the rest is for x,
+// y and the next panel.
+inline constexpr int64_t kForwardTileBytes = 288 * 1024;
+
+// Upper bound on pixels of a forward tile: beyond it the weights are read seldom enough
+// (128 / pixels bytes per cycle and core) and a larger tile would only leave L2.
+inline constexpr int64_t kForwardMaxPixels = 256;
+
+// Narrow pointwise stages use the depthwise tile only once or twice: keep it in L1 instead.
+inline constexpr int64_t kForwardNarrowTileBytes = 24 * 1024;
+
+// Up to this many pixels the pointwise weights are read in place: packing them would cost as much
+// as using them.
+inline constexpr int64_t kUnpackedPixels = 12;
+
+// Backward chunk of pixels: each chunk loads and stores the weight gradient once (24 memory
+// operations per 12 * pixels FMAs on AVX2), so at least ~100; more would push the dy tile (pixels *
+// filters) out of L2.
+inline constexpr int64_t kBackwardPixels = 112;
+
+// Depthwise channels of a backward slice: the unit of parallel work without any reduction. The
+// slice of the weight gradient (channels * filters) must stay in L2 while the pixels stream by;
+// every slice reads dy again.
+inline constexpr int64_t kBackwardChannels = 96;
+
+// Slices start at multiples of a cache line of floats.
+inline constexpr int64_t kSliceUnit = 16;
+
+// Backward tasks aimed at. It must depend on nothing but the shape: partial sums are cut here, so
+// the number of tasks is part of the numerical result, and the result must not depend on the
+// machine or its threads.
+inline constexpr int64_t kBackwardTasks = 16;
+
+// A backward slab has at least this many output pixels, or its partial weight gradients cost more
+// than they bring.
+inline constexpr int64_t kBackwardSlabPixels = 1024;
+
+// Partial weight gradients of all slabs together take at most this.
+inline constexpr int64_t kBackwardPartialBytes = 64 * 1024 * 1024;
+
+// Elements of one parallel piece of the final sum over slabs: some tens of kilobytes.
+inline constexpr int64_t kReductionBlock = 8192;
+
+// Block of a strided copy: 16 rows x 16 columns touch 16 cache lines on either side.
+inline constexpr int64_t kTransposeBlock = 16;
+
+// Input rows staged for one strip of channels (transposed, widened, activated or repeated) stay
+// inside L2.
+inline constexpr int64_t kStagedRowsBytes = 128 * 1024;
+
+// Extra elements at the end of a tile row: a row length that is a multiple of 4096 bytes would put
+// the same column of all rows into one cache set.
+inline constexpr int64_t kTileRowPadBytes = 64;
+
+// Below this many multiply-adds waking a second thread costs more than it saves (a few
+// microseconds).
+inline constexpr int64_t kMinMacsPerThread = 250 * 1000;
+
+}  // namespace sepconv
+
+#endif  // SEPCONV_TUNING_H_
