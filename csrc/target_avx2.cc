@@ -25,8 +25,8 @@ namespace sepconv::avx2 {
 inline constexpr TargetTuning kTuning = kAvx2Tuning;
 static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 
-#include "kernel-inl.h"
 #include "simd.h"
+#include "kernel-inl.h"
 
 }  // namespace sepconv::avx2
 

@@ -26,8 +26,8 @@ namespace sepconv::emulated_avx512 {
 inline constexpr TargetTuning kTuning = kAvx512Tuning;
 static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 
-#include "kernel-inl.h"
 #include "simd.h"
+#include "kernel-inl.h"
 
 }  // namespace sepconv::emulated_avx512
 

@@ -15,8 +15,8 @@ namespace sepconv::neon {
 inline constexpr TargetTuning kTuning = kNeonTuning;
 static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 
-#include "kernel-inl.h"
 #include "simd.h"
+#include "kernel-inl.h"
 
 }  // namespace sepconv::neon
 

@@ -14,8 +14,8 @@ namespace sepconv::portable {
 inline constexpr TargetTuning kTuning = kPortableTuning;
 static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 
-#include "kernel-inl.h"
 #include "simd.h"
+#include "kernel-inl.h"
 
 }  // namespace sepconv::portable
 

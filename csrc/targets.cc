@@ -1,6 +1,7 @@
 #include "targets.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -82,6 +83,24 @@ TileConstants CurrentTileConstants(DType dtype) {
           kForwardMaxPixels,
           kBackwardPixels,
           kBackwardChannels};
+}
+
+namespace {
+template <typename T>
+double FmaPeakGflopsOf(const Kernels<T>& kernels) {
+  constexpr int64_t kSteps = 200 * 1000;
+  T result;
+  kernels.fma_chains(kSteps / 10, &result);  // wakes the clock and the wide units up
+  const auto begin = std::chrono::steady_clock::now();
+  kernels.fma_chains(kSteps, &result);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return static_cast<double>(kSteps * kernels.fma_chain_flops) / seconds.count() * 1e-9;
+}
+}  // namespace
+
+double FmaPeakGflops(DType dtype) {
+  const Target& target = CurrentTargetTable();
+  return dtype == DType::kFloat64 ? FmaPeakGflopsOf(target.f64) : FmaPeakGflopsOf(target.f32);
 }
 
 bool SlopeFollowsFromOutput(Activation activation) {

@@ -1,16 +1,16 @@
 // sepconv._native: the border between Python arrays and the core.
 //
-//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1) ->
-//   None backward(geometry, dy, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y,
-//            dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias, dtype=-1) ->
-//            None
+//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1)
+//   backward(geometry, dy, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y,
+//            dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias, dtype=-1)
 //
 // `geometry` is an int64 array of the fields of `Geometry._fields`. Every other array is a
 // C-contiguous CPU buffer with the number of elements that the geometry says (its shape is not
 // looked at), all of one dtype: float32, float64, float16 or bfloat16. NumPy arrays, torch tensors
 // without gradient tracking, and anything else that speaks DLPack or the buffer protocol will do. A
 // bias is None exactly when the geometry has none. In `backward`, `y` may be None (it is recomputed
-// where the slope of the activation needs it) and so may each gradient (it is not computed).
+// where the slope of the activation needs it) and so may each gradient (it is not computed); that
+// of an absent bias must be.
 //
 // `dtype` is a code of `DType` (0 float32, 1 float64, 2 bfloat16, 3 float16); -1 takes it from `x`.
 // A bfloat16 array of NumPy (ml_dtypes) crosses neither DLPack nor the buffer protocol: pass
@@ -151,6 +151,14 @@ class CallArrays {
     return value.is_none() ? nullptr : Output(name, value, size);
   }
 
+  void* BiasGradient(const char* name, nb::handle value, int64_t present, int64_t size) {
+    if (!value.is_none() && !present) {
+      RaiseValueError(
+          name, "must be None where the geometry has no such bias. Received: " + TypeName(value));
+    }
+    return OptionalOutput(name, value, size);
+  }
+
  private:
   using Array = nb::ndarray<nb::ro>;
   using WritableArray = nb::ndarray<>;
@@ -261,9 +269,9 @@ void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle dep
       arrays.OptionalOutput("d_depthwise_kernel", d_depthwise_kernel, sizes.depthwise_kernel);
   args.d_pointwise_kernel =
       arrays.OptionalOutput("d_pointwise_kernel", d_pointwise_kernel, sizes.pointwise_kernel);
-  args.d_depthwise_bias =
-      arrays.OptionalOutput("d_depthwise_bias", d_depthwise_bias, g.depthwise_channels());
-  args.d_bias = arrays.OptionalOutput("d_bias", d_bias, g.out_channels);
+  args.d_depthwise_bias = arrays.BiasGradient("d_depthwise_bias", d_depthwise_bias,
+                                              g.has_depthwise_bias, sizes.depthwise_bias);
+  args.d_bias = arrays.BiasGradient("d_bias", d_bias, g.has_bias, sizes.bias);
   nb::gil_scoped_release release;
   Backward(g, arrays.dtype(), args);
 }
@@ -289,22 +297,31 @@ void PySetTarget(const char* name) {
   RaiseValueError("name", rule + ". Received: name=\"" + name + "\"");
 }
 
-nb::dict PyTileConstants(const char* dtype_name) {
+DType DTypeOfName(const char* dtype_name) {
   for (int64_t code = 0; code < kNumDTypes; ++code) {
-    if (std::strcmp(dtype_name, kDTypes[code].name) != 0) continue;
-    const TileConstants constants = CurrentTileConstants(static_cast<DType>(code));
-    nb::dict result;
-    result["lanes"] = constants.lanes;
-    result["rows"] = constants.rows;
-    result["columns"] = constants.columns;
-    result["forward_pixels"] = constants.forward_pixels;
-    result["backward_pixels"] = constants.backward_pixels;
-    result["backward_channels"] = constants.backward_channels;
-    return result;
+    if (std::strcmp(dtype_name, kDTypes[code].name) == 0) return static_cast<DType>(code);
   }
   RaiseValueError("dtype_name",
                   "must be float32, float64, bfloat16 or float16. Received: dtype_name=\"" +
                       std::string(dtype_name) + "\"");
+}
+
+nb::dict PyTileConstants(const char* dtype_name) {
+  const TileConstants constants = CurrentTileConstants(DTypeOfName(dtype_name));
+  nb::dict result;
+  result["lanes"] = constants.lanes;
+  result["rows"] = constants.rows;
+  result["columns"] = constants.columns;
+  result["forward_pixels"] = constants.forward_pixels;
+  result["backward_pixels"] = constants.backward_pixels;
+  result["backward_channels"] = constants.backward_channels;
+  return result;
+}
+
+double PyFmaPeakGflops(const char* dtype_name) {
+  const DType dtype = DTypeOfName(dtype_name);
+  nb::gil_scoped_release release;
+  return FmaPeakGflops(dtype);
 }
 
 bool PySlopeFollowsFromOutput(int64_t code) {
@@ -356,6 +373,7 @@ NB_MODULE(_native, module) {
   module.def("available_targets", [] { return TupleOfStrings(AvailableTargets()); });
   module.def("set_target", &PySetTarget, nb::arg("name"));
   module.def("tile_constants", &PyTileConstants, nb::arg("dtype_name"));
+  module.def("fma_peak_gflops", &PyFmaPeakGflops, nb::arg("dtype_name") = "float32");
 
 #ifdef SEPCONV_WITH_XLA
   module.def("xla_handlers", &XlaHandlers);

@@ -1,0 +1,287 @@
+"""Every line lives in the room whose words it uses: imports, words and numbers of each file."""
+
+import ast
+import fnmatch
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sepconv import _native
+from sepconv.spec import ACTIVATIONS, Geometry
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "sepconv"
+CSRC = ROOT / "csrc"
+
+# What the Python files of a room may import besides the standard library. The first pattern that
+# fits a file is its room. A trailing dot stands for everything below a package.
+ROOMS = {
+    "spec.py": set(),
+    "reference.py": {"numpy", "sepconv.spec"},
+    "backends.py": {"sepconv.spec", "sepconv._native"},
+    "numpy.py": {"numpy", "sepconv.spec", "sepconv.backends", "sepconv._native"},
+    "jax.py": {"jax", "numpy", "sepconv.spec", "sepconv.backends", "sepconv._native"},
+    "keras.py": {
+        "keras",
+        "jax",
+        "sepconv.spec",
+        "sepconv.backends",
+        "sepconv.numpy",
+        "sepconv.jax",
+    },
+    "tf1/*": {
+        "keras",
+        "numpy",
+        "ml_dtypes",
+        "jax",
+        "torch",
+        "tensorflow",
+        "sepconv.spec",
+        "sepconv.keras",
+        "sepconv.tf1.",
+    },
+    "__init__.py": {"sepconv.spec", "sepconv._native"},
+    "machine.py": {"numpy", "sepconv", "sepconv._native"},
+    "timing.py": {"numpy"},
+    "cli.py": {"typer", "rich", "sepconv", "sepconv.demo."},
+    "demo/*": {
+        "h5py",
+        "jax",
+        "keras",
+        "matplotlib",
+        "numpy",
+        "rich",
+        "skimage",
+        "sepconv",
+        "sepconv.keras",
+        "sepconv.machine",
+        "sepconv.timing",
+        "sepconv.demo.",
+    },
+}
+PYTHON_FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+# The demo stands outside of the library: it makes layers as a user does.
+CONTRACT_ROOM = ["keras.py", "tf1/*", "demo/*"]
+
+
+def in_room(name, patterns):
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def syntax_tree(name):
+    return ast.parse((PACKAGE / name).read_text(encoding="utf-8"), filename=name)
+
+
+def own_module(name):
+    """Whether a dotted name is a module of the package."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir() or name == "sepconv._native"
+
+
+def imported_modules(tree):
+    """Modules that a file imports anywhere: third-party by first name, our own by full name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if own_module(name) else node.module for name in names]
+        else:
+            continue
+        for name in names:
+            first = name.split(".")[0]
+            if first == "sepconv":
+                yield name
+            elif first not in sys.stdlib_module_names:
+                yield first
+
+
+def allows(allowed, module):
+    return module in allowed or any(
+        entry.endswith(".") and (module + ".").startswith(entry) for entry in allowed
+    )
+
+
+@pytest.mark.parametrize("name", PYTHON_FILES)
+def test_a_file_imports_only_what_its_room_may(name):
+    allowed = next((ROOMS[room] for room in ROOMS if in_room(name, [room])), None)
+    assert allowed is not None, f"{name} has no room in ROOMS"
+    strangers = {m for m in imported_modules(syntax_tree(name)) if not allows(allowed, m)}
+    assert not strangers
+
+
+def test_backends_loads_kernels_only_when_they_are_called():
+    top_level = ast.Module([n for n in syntax_tree("backends.py").body if is_import(n)], [])
+    assert set(imported_modules(top_level)) == {"sepconv.spec"}
+
+
+def is_import(node):
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def compared_strings(tree):
+    """Strings that a file compares with, looks up in a literal, or matches."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            operands = node.value.keys
+        else:
+            continue
+        for operand in operands:
+            for leaf in ast.walk(operand):
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
+                    yield leaf.value
+
+
+@pytest.mark.parametrize("name", PYTHON_FILES)
+def test_only_the_plan_interprets_padding_and_data_format(name):
+    words = {"same", "valid", "channels_first", "channels_last"}
+    found = words & {string.lower() for string in compared_strings(syntax_tree(name))}
+    if name == "spec.py":
+        assert found, "the plan no longer compares them: has the rule moved?"
+    else:
+        assert not found
+
+
+def test_the_plan_uses_integer_arithmetic_only():
+    tree = syntax_tree("spec.py")
+    operators = {
+        type(node.op)
+        for node in ast.walk(tree)
+        # An operation on two constants is a constant.
+        if isinstance(node, ast.BinOp)
+        and not (isinstance(node.left, ast.Constant) and isinstance(node.right, ast.Constant))
+    }
+    # BitOr is the `|` of annotations.
+    assert operators <= {ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.BitOr}
+    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert not [value for value in constants if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("name", [n for n in PYTHON_FILES if not in_room(n, CONTRACT_ROOM)])
+def test_weights_are_made_in_the_contract_room_only(name):
+    words = re.compile(r"(initializer|regularizer|constraint)s?$")
+    names = set()
+    for node in ast.walk(syntax_tree(name)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            names.add(node.arg)
+    assert not {n for n in names if words.search(n)}
+
+
+def code_of(path):
+    """The text of a C++ file without comments and strings."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
+    return re.sub(r'(?<!include )"(?:\\.|[^"\\\n])*"', '""', text)
+
+
+CORE_FILES = sorted(p for p in CSRC.iterdir() if p.suffix in {".cc", ".h"})
+
+
+def test_the_core_includes_no_python_and_no_framework():
+    includes = {
+        name
+        for path in CORE_FILES
+        for name in re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', code_of(path))
+    }
+    assert {"sepconv.h", "vector"} <= includes
+    assert not {i for i in includes if re.match(r"(bind|Python|nanobind|numpy|torch|xla|jax)", i)}
+
+
+def test_the_border_includes_only_the_interface_of_the_core():
+    for path in (CSRC / "bind").iterdir():
+        own = set(re.findall(r'#\s*include\s*"([^"]+)"', code_of(path)))
+        assert own <= {"sepconv.h", "bind/xla_ffi.h", "xla/ffi/api/ffi.h"}, path
+
+
+def test_only_simd_h_uses_intrinsics():
+    intrinsic = re.compile(r"\b(_mm\d*_\w+|__m\d{3}\w*|__builtin_ia32_\w+|v\w+q?_[fsu]\d+)\b")
+    assert intrinsic.search(code_of(CSRC / "simd.h"))
+    for path in CORE_FILES:
+        # Telling the CPU that a thread waits is an instruction, and the affair of the thread pool.
+        found = set(intrinsic.findall(code_of(path))) - {"_mm_pause", "__builtin_ia32_pause"}
+        assert path.name == "simd.h" or not found, path
+
+
+def test_only_parallel_knows_about_threads():
+    primitive = re.compile(
+        r"std::(?:jthread|thread|mutex|condition_variable|future|async|atomic|\w+_semaphore)\b"
+        r"|\bpthread_\w+|\bomp_\w+|#\s*pragma omp|\bthread_local\b"
+    )
+    allowed = {
+        "parallel.h": None,
+        "parallel.cc": None,
+        "core_test.cc": None,  # calls the core from several threads
+        "targets.cc": {"std::atomic"},  # the table in use, read by every call
+        "buffer.cc": {"thread_local"},  # blocks kept per caller
+    }
+    assert primitive.search(code_of(CSRC / "parallel.cc"))
+    for path in [*CORE_FILES, *(CSRC / "bind").iterdir()]:
+        exempt = allowed.get(path.name, set())
+        if exempt is not None:
+            assert set(primitive.findall(code_of(path))) <= exempt, path
+
+
+def test_tile_sizes_stand_in_the_tuning_file():
+    for name in ("forward.cc", "forward.h", "backward.cc", "tiles.h"):
+        numbers = {int(n) for n in re.findall(r"(?<![\w.])\d+\b", code_of(CSRC / name))}
+        assert not {n for n in numbers if n >= 8}, name
+
+
+def test_every_core_file_is_compiled():
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    for path in [*CORE_FILES, *(CSRC / "bind").iterdir()]:
+        if path.suffix == ".cc":
+            assert f"csrc/{path.relative_to(CSRC).as_posix()}" in cmake
+
+
+def test_python_and_native_agree_on_the_geometry():
+    assert _native.geometry_fields() == Geometry._fields
+
+
+def test_python_and_native_agree_on_the_activations():
+    assert _native.activations() == ACTIVATIONS
+
+
+def test_the_type_stub_names_what_the_extension_has():
+    stub = ast.parse((PACKAGE / "_native.pyi").read_text(encoding="utf-8"))
+    declared = {
+        node.name: [a.arg for a in node.args.args]
+        for node in stub.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(declared) == {name for name in dir(_native) if not name.startswith("__")}
+    for name, arguments in declared.items():
+        signature = getattr(_native, name).__doc__.splitlines()[0]
+        assert re.findall(r"(\w+): ", signature) == arguments, name
+
+
+FRAMEWORKS = {"jax", "jaxlib", "keras", "torch", "tensorflow", "ml_dtypes"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "permitted"),
+    [
+        ("sepconv", set()),
+        ("sepconv, sepconv.numpy, sepconv.backends, sepconv.reference", set()),
+        ("sepconv.jax", {"jax", "jaxlib", "ml_dtypes"}),
+    ],
+)
+def test_importing_a_door_imports_its_framework_and_no_other(modules, permitted):
+    code = f"import {modules}, sys; print(*(m for m in sys.modules if '.' not in m))"
+    output = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    loaded = set(output.split()) & (FRAMEWORKS | {"typer", "rich", "matplotlib", "skimage"})
+    assert loaded <= permitted
