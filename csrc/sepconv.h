@@ -145,8 +145,9 @@ struct TileConstants {
 };
 TileConstants CurrentTileConstants(DType dtype);
 
-// Gigaflops of one thread that does nothing but independent multiply-adds on registers, over a few milliseconds: what
-// the forward pass of a compute-bound layer is measured against. Multiply-adds count as two.
+// Gigaflops of one thread that does nothing but independent multiply-adds on registers, over a few
+// milliseconds: what the forward pass of a compute-bound layer is measured against. Multiply-adds
+// count as two.
 double FmaPeakGflops(DType dtype);
 
 }  // namespace sepconv

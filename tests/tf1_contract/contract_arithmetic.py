@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support_tf1 import HAS_GRADIENTS, SepConv, array, images, needs_gradients
+from support_tf1 import BACKEND, HAS_GRADIENTS, SepConv, array, images, needs_gradients
 
 import sepconv.tf1 as tf
 
@@ -32,17 +32,29 @@ def layer_of(config, data, dtype):
 
 def gradients_of(layer, x, upstream):
     """Output, and the gradients of sum(upstream * output) by input and weights."""
-    inputs = tf.Variable(x, name="x")
-    outputs = []
-
-    def loss():
-        y = layer(inputs)
-        return tf.reduce_sum(y * tf.constant(upstream))
-
     y = layer(x)
-    _, gradients = tf.train.value_and_gradients(loss, [inputs, *layer.weights])
-    outputs += [None if g is None else array(g) for g in gradients]
-    return array(y), outputs
+    if BACKEND == "jax":
+        return array(y), [array(gradient) for gradient in jitted_gradients(layer, x, upstream)]
+    inputs = tf.Variable(x, name="x")
+    _, gradients = tf.train.value_and_gradients(
+        lambda: tf.reduce_sum(layer(inputs) * tf.constant(upstream)), [inputs, *layer.weights]
+    )
+    return array(y), [array(gradient) for gradient in gradients]
+
+
+def jitted_gradients(layer, x, upstream):
+    """As users of JAX take them: of `stateless_call`, inside `jax.jit`."""
+    import jax
+
+    @jax.jit
+    def gradients(x, weights, upstream):
+        def loss(x, weights):
+            return (layer.stateless_call(weights, [], x)[0] * upstream).sum()
+
+        d_x, d_weights = jax.grad(loss, argnums=(0, 1))(x, weights)
+        return [d_x, *d_weights]
+
+    return gradients(x, [weight.value for weight in layer.weights], upstream)
 
 
 def check(ours, theirs, tolerance):

@@ -554,7 +554,8 @@ class Layer(keras.layers.Layer):
             if not ops.is_tensor(loss):
                 loss = ops.convert_to_tensor(loss, dtype=output.dtype)
             batch = ops.cast(ops.shape(output)[0], keras.backend.standardize_dtype(loss.dtype))
-            self._add_call_loss(ops.divide_no_nan(loss, batch), inputs)
+            mean = loss / ops.maximum(batch, 1)
+            self._add_call_loss(ops.where(batch == 0, ops.zeros_like(mean), mean), inputs)
 
     def _get_own_losses(self) -> list[Any]:
         values = [loss.compute() for loss in self._legacy.deferred_losses]
