@@ -75,6 +75,8 @@ def test_c094_golden_vectors(file, dtype):
     layer = layer_of(config, data, dtype)
     x = data["input"].astype(dtype)
     if not HAS_GRADIENTS:
+        if config["activation"] == "hard_sigmoid":
+            tolerance = 5e-6  # Keras's clip rounds float64 to float32 on its NumPy backend.
         check(array(layer(x)), data["output"], tolerance)
         return
     y, gradients = gradients_of(layer, x, data["upstream"].astype(dtype))

@@ -124,6 +124,10 @@ class Variable(keras.Variable):
         self._full_name = full_name
         self.constraint = constraint
 
+    def _convert_to_tensor(self, value: Any, dtype: Any = None) -> Any:
+        # Where no type is named, Keras's NumPy backend rounds float64 to float32.
+        return super()._convert_to_tensor(value, dtype=dtype or self._dtype)
+
     def record(self, collections: Sequence[str] | None = None) -> None:
         """Puts the variable into collections of the current graph; without one, does nothing.
 
