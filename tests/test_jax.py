@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import goldens
@@ -644,17 +643,9 @@ def test_the_border_refuses_calls_that_do_not_add_up(change, words):
             wrt=np.array(change.get("wrt", [1, 1, 1, 0, 1]), np.int64),
             has_y=False,
         )
-    # The process has survived, and so has the kernel.
-    assert_close(separable_conv2d(*args).shape[0] * jnp.ones(()), 2 * jnp.ones(()))
 
 
 def test_examples_run():
     results = doctest.testmod(sepconv.jax, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 5
     assert results.failed == 0
-
-
-def test_jax_is_named_nowhere_that_it_would_be_imported():
-    code = "import sys, sepconv, sepconv.numpy; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert Path(sepconv.jax.__file__).name == "jax.py"

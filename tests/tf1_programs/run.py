@@ -82,7 +82,7 @@ def run(tf, original, program):
 
     with tf.Graph().as_default():
         x = tf.constant(x_value)
-        names = dict(
+        names = dict(  # noqa: C408
             tf=tf, np=np, x=x, fill=fill, number=number, show=show, attempt=attempt, y_again=y_again
         )
         exec(program, names)
