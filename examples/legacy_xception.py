@@ -145,7 +145,7 @@ def main(steps=120, batch=64):
 
         optimizer.minimize(loss)
         if step % 20 == 0:
-            print(f"step {step}: loss {float(loss()):.3f}")
+            print(f"step {step}: loss {float(tf.stop_gradient(loss())):.3f}")
 
     predicted = np.asarray(tf.argmax(network(held_images, reuse=True), 1))
     accuracy = float(np.mean(predicted == held_labels))
