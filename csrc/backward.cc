@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "float_mode.h"
 #include "forward.h"
 #include "tiles.h"
 
@@ -569,6 +570,7 @@ void ZeroGradients(const Geometry& geometry, DType dtype, const BackwardArgs& ar
 }  // namespace
 
 void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
+  const IeeeMode mode;
   if (geometry.pixels() == 0) return ZeroGradients(geometry, dtype, args);
   switch (dtype) {
     case DType::kFloat32:

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "float_mode.h"
 #include "tiles.h"
 
 namespace sepconv {
@@ -226,6 +227,7 @@ template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradie
 template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<Float16>&);
 
 void Forward(const Geometry& geometry, DType dtype, const ForwardArgs& args) {
+  const IeeeMode mode;
   switch (dtype) {
     case DType::kFloat32:
       return RunForward<float>(geometry, args, {});

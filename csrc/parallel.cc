@@ -14,6 +14,7 @@
 #include <system_error>
 #include <thread>
 
+#include "float_mode.h"
 #include "sepconv.h"
 
 namespace sepconv {
@@ -102,6 +103,7 @@ class Pool {
   }
 
   void WorkerLoop(int64_t worker, uint64_t seen) {
+    const IeeeMode mode;
     for (;;) {
       const auto started = [&] { return generation_.load(std::memory_order_acquire) != seen; };
       SpinUntil(started);

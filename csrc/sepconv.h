@@ -3,7 +3,10 @@
 //   D[n,y,x,q] = a_mid( b_mid[q] + sum_ij a_in(X[n, y*sh + i*dh - top, x*sw + j*dw - left, q / M])
 //   * Kd[i,j,q] ) Y[n,y,x,f] = a_out( bias[f] + sum_q D[n,y,x,q] * Kp[q,f] )
 //
-// X is zero outside the image. D exists one tile at a time and is never stored.
+// Outside the image a_in(X) is zero. D exists one tile at a time and is never stored.
+//
+// Whatever mode the caller's thread is in, arithmetic follows IEEE 754 with subnormals, so results
+// depend on the arguments and the target alone.
 #ifndef SEPCONV_SEPCONV_H_
 #define SEPCONV_SEPCONV_H_
 

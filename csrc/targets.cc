@@ -34,7 +34,11 @@ const Target* FindTarget(const std::string& name) {
   return nullptr;
 }
 
-const Target* BestTarget() {
+// What SEPCONV_TARGET names, else the best. The name was checked when the module was loaded (see
+// bind/module.cc); here a wrong one means the best.
+const Target* DefaultTarget() {
+  const char* forced = std::getenv("SEPCONV_TARGET");
+  if (const Target* target = forced ? FindTarget(forced) : nullptr) return target;
   for (const Target* target : kTargets) {
     if (target->runs_here()) return target;
   }
@@ -48,11 +52,7 @@ std::atomic<const Target*> current{nullptr};
 const Target& CurrentTargetTable() {
   const Target* target = current.load(std::memory_order_acquire);
   if (target) return *target;
-  // SEPCONV_TARGET was checked when the module was loaded (see bind/module.cc); here a wrong name
-  // means the best.
-  const char* forced = std::getenv("SEPCONV_TARGET");
-  target = forced ? FindTarget(forced) : nullptr;
-  if (!target) target = BestTarget();
+  target = DefaultTarget();
   current.store(target, std::memory_order_release);
   return *target;
 }
@@ -68,7 +68,7 @@ std::vector<std::string> AvailableTargets() {
 std::string CurrentTarget() { return CurrentTargetTable().name; }
 
 bool SetTarget(const std::string& name) {
-  const Target* target = name.empty() ? BestTarget() : FindTarget(name);
+  const Target* target = name.empty() ? DefaultTarget() : FindTarget(name);
   if (!target) return false;
   current.store(target, std::memory_order_release);
   return true;

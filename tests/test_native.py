@@ -330,6 +330,32 @@ def test_any_number_of_threads_gives_the_same_bits(problem, dtype):
         check(problem, dtype)
 
 
+FLUSHING_CALLER = """
+import numpy as np
+import torch
+import sepconv
+from test_native import THREADED, flatten, run
+
+for problem in THREADED:
+    # Subnormal inputs in 16 bits, subnormal products in 32.
+    for dtype, scale in (("float16", 2.0**-16), ("float32", 2.0**-130)):
+        arrays = [a if a is None else a * np.asarray(scale, a.dtype) for a in
+                  problem.arrays(np.dtype(dtype))]
+        results = []
+        for flush in (True, False):  # The threads start while the caller flushes.
+            assert torch.set_flush_denormal(flush)
+            for threads in (3, 1):
+                sepconv.set_num_threads(threads)
+                outputs = flatten(run(problem.geometry, dtype, arrays))
+                results.append([array.tobytes() for array in outputs])
+        assert all(result == results[0] for result in results), (problem, dtype)
+"""
+
+
+def test_results_do_not_depend_on_the_float_mode_of_the_caller():
+    run_python(FLUSHING_CALLER)
+
+
 # Every call runs in a child that has no thread of ours yet.
 COUNT_THREADS = """
 import os, sys, warnings
