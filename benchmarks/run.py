@@ -1,265 +1,302 @@
-"""Measures a dozen layers of published networks: every door against its framework's own computation.
+"""Times the fused layer against what frameworks do, on layers of published networks.
 
-    python benchmarks/run.py [--quick] [--threads N] [--batch N] [--out FILE.csv]
+    python benchmarks/run.py                     about a dozen layers, one thread, batch 1
+    python benchmarks/run.py --quick             three layers, fewer rounds
+    python benchmarks/run.py --layers "19x19" --threads 2 --batch 32 --buffers fresh
 
-Rounds are interleaved: each candidate in turn, again and again, so that a drift of the machine hits
-all of them alike. Reported are medians, and ratios of medians within one run. A training step is the
-forward pass and all four gradients. Results are compared with one another before they are timed.
-"""  # noqa: E501
+Forward pass, and training step: forward pass with all four gradients. Every result is compared
+with JAX's own convolutions before anything is timed. Candidates take turns; medians and quartiles
+go to a table and, with hardware and versions, to a CSV file.
+"""
+
+from __future__ import annotations
 
 import argparse
 import csv
 import datetime
-import json
+import math
 import os
 import statistics
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
-
-ROWS = [
-    ("xception-299", "block2_sepconv1"),
-    ("xception-299", (37, 256, 728)),
-    ("xception-299", (19, 728, 728)),
-    ("xception-299", (10, 1024, 1536)),
-    (None, (112, 32, 64)),
-    (None, (56, 128, 128)),
-    (None, (14, 512, 512)),
-    (None, (7, 1024, 1024)),
-    (None, (64, 64, 64)),
-    (None, (33, 256, 256)),
-    (None, (28, 240, 80)),
-    (None, (56, 144, 24)),
-]
+from typing import Any, NamedTuple
 
 
-def parse_arguments():
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row and pass")
-    parser.add_argument("--quick", action="store_true", help="two rows, few rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layers.csv"))
-    return parser.parse_args()
-
-
-def find_row(layers, network, key):
-    """Returns the first layer of the network with this name, or this (size, channels, filters)."""
-    for layer in layers:
-        if network is not None and layer["network"] != network:
-            continue
-        same_kernel = layer["strides"] == [1, 1] and layer["H"] == layer["W"]
-        if key == layer["name"] or (
-            same_kernel and key == (layer["H"], layer["Cin"], layer["Cout"])
-        ):
-            return layer
-    raise LookupError(f"workloads.json has no layer {network} {key}")
-
-
-def candidates(layer, batch, np):
-    """Returns {name: (forward, training step)}; each call returns when its work is done."""
-    import jax
-    import keras
-    import torch
-
-    import sepconv.jax
-    import sepconv.keras
-    import sepconv.numpy
-
-    rng = np.random.default_rng(0)
-    c, f, m = layer["Cin"], layer["Cout"], layer["depth_multiplier"]
-    kh, kw = layer["kernel"]
-    x, dk, pk, b = (
-        rng.standard_normal(shape, dtype=np.float32) / np.float32(scale)
-        for shape, scale in (
-            ((batch, layer["H"], layer["W"], c), 1),
-            ((kh, kw, c, m), (kh * kw) ** 0.5),
-            ((1, 1, c * m, f), (c * m) ** 0.5),
-            ((f,), 1),
-        )
+    parser.add_argument("--threads", type=int, default=1, help="CPUs that everything may use")
+    parser.add_argument(
+        "--layers", help='only rows whose label holds this text, as "19x19 728>728"'
     )
-    keywords = {
-        "strides": tuple(layer["strides"]),
-        "padding": layer["padding"],
-        "dilation_rate": tuple(layer["dilation"]),
-    }
-    dy = rng.standard_normal(
-        sepconv.numpy.separable_conv2d(x, dk, pk, b, **keywords).shape, dtype=np.float32
+    parser.add_argument("--only", action="append", help="only this candidate; may be repeated")
+    parser.add_argument("--jobs", choices=("forward", "training", "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--buffers",
+        choices=("warm", "fresh"),
+        default="warm",
+        help="warm: one input; fresh: inputs take turns, twice the last-level cache in all",
     )
-    found = {
-        "sepconv.numpy": (
-            lambda: sepconv.numpy.separable_conv2d(x, dk, pk, b, **keywords),
-            lambda: (
-                sepconv.numpy.separable_conv2d(x, dk, pk, b, **keywords),
-                sepconv.numpy.separable_conv2d_grad(dy, x, dk, pk, b, **keywords),
-            )[1],
-        )
-    }
-
-    def add_jax(name, function):
-        arrays = [jax.numpy.asarray(each) for each in (x, dk, pk, b)]
-        upstream = jax.numpy.asarray(dy)
-        forward = jax.jit(function)
-
-        @jax.jit
-        def step(upstream, *arrays):
-            y, pull = jax.vjp(function, *arrays)
-            return y, pull(upstream)
-
-        found[name] = (
-            lambda: jax.block_until_ready(forward(*arrays)),
-            lambda: jax.block_until_ready(step(upstream, *arrays))[1],
-        )
-
-    def lax_pair(x, dk, pk, b):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        u = jax.lax.conv_general_dilated(
-            x,
-            dk.reshape(kh, kw, 1, c * m),
-            keywords["strides"],
-            keywords["padding"].upper(),
-            rhs_dilation=keywords["dilation_rate"],
-            dimension_numbers=numbers,
-            feature_group_count=c,
-        )
-        return jax.lax.conv_general_dilated(u, pk, (1, 1), "VALID", dimension_numbers=numbers) + b
-
-    def through(layer_class):
-        keras_layer = layer_class(f, (kh, kw), depth_multiplier=m, **keywords)
-        keras_layer.build(x.shape)
-        # The order of a stateless call is that of the layer's weights.
-        return lambda x, dk, pk, b: keras_layer.stateless_call([dk, pk, b], [], x)[0]
-
-    add_jax("sepconv.jax", lambda *a: sepconv.jax.separable_conv2d(*a, **keywords))
-    add_jax("sepconv.keras", through(sepconv.keras.SeparableConv2D))
-    add_jax("keras on jax", through(keras.layers.SeparableConv2D))
-    add_jax("jax.lax", lax_pair)
-
-    # torch pads both sides alike: the same numbers only where 'same' does so too.
-    reach = [(k - 1) * d for k, d in zip((kh, kw), keywords["dilation_rate"], strict=True)]
-    if keywords["strides"] == (1, 1) and all(r % 2 == 0 for r in reach):
-        padding = [r // 2 for r in reach] if keywords["padding"] == "same" else [0, 0]
-        for name, memory in (
-            ("torch", torch.contiguous_format),
-            ("torch channels_last", torch.channels_last),
-        ):
-            tensors = [
-                torch.from_numpy(each).contiguous(memory_format=memory).requires_grad_()
-                for each in (
-                    np.ascontiguousarray(x.transpose(0, 3, 1, 2)),
-                    np.ascontiguousarray(dk.transpose(2, 3, 0, 1).reshape(c * m, 1, kh, kw)),
-                    np.ascontiguousarray(pk[0, 0].T.reshape(f, c * m, 1, 1)),
-                )
-            ]
-            tensors.append(torch.from_numpy(b).requires_grad_())
-            upstream = torch.from_numpy(np.ascontiguousarray(dy.transpose(0, 3, 1, 2)))
-            upstream = upstream.contiguous(memory_format=memory)
-
-            def pair(tensors=tensors, padding=padding):
-                u = torch.nn.functional.conv2d(
-                    tensors[0],
-                    tensors[1],
-                    padding=padding,
-                    dilation=keywords["dilation_rate"],
-                    groups=c,
-                )
-                return torch.nn.functional.conv2d(u, tensors[2], tensors[3])
-
-            def forward(pair=pair):
-                with torch.no_grad():
-                    return pair().permute(0, 2, 3, 1)
-
-            def step(pair=pair, tensors=tensors, upstream=upstream):
-                return torch.autograd.grad(pair(), tensors, upstream)
-
-            found[name] = (forward, step)
-    reference = np.asarray(found["keras on jax"][0]())
-    for name, (forward, _) in found.items():
-        np.testing.assert_allclose(
-            np.asarray(forward()), reference, rtol=1e-3, atol=1e-3, err_msg=name
-        )
-    return found
+    parser.add_argument(
+        "--oracle-python",
+        default=os.environ.get("SEPCONV_ORACLE_PYTHON"),
+        help="interpreter that has TensorFlow; left out if there is none",
+    )
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/bench.csv"))
+    parser.add_argument("--quick", action="store_true", help="three layers, three rounds")
+    return parser.parse_args(arguments)
 
 
-def interleaved_medians(calls, seconds, least_rounds):
-    """Returns {name: seconds per call}."""
-    for call in calls.values():
-        call()
-    samples = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least_rounds or time.perf_counter() < end:
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - begin)
-        rounds += 1
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def main():
-    arguments = parse_arguments()
-    # Before any framework starts its threads.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.threads :])
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+def limit_threads(threads: int) -> None:
+    """Limits this process and its children, before any library has looked at the machine."""
+    if hasattr(os, "sched_setaffinity"):
+        usable = sorted(os.sched_getaffinity(0))
+        if not 1 <= threads <= len(usable):
+            sys.exit(
+                f"error: `--threads` must be between 1 and {len(usable)}, the CPUs that this "
+                f"process may use. Received: {threads}"
+            )
+        # XLA makes its pool as large as the affinity allows, and has no other switch.
+        os.sched_setaffinity(0, usable[-threads:])
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
     os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+class Peaks(NamedTuple):
+    """GFLOP/s: what the FMA units can do, and what a large matrix product reaches."""
+
+    fma: float
+    sgemm: float
+
+
+def measure_peaks(threads: int) -> Peaks:
+    import time
+
     import numpy as np
-    import torch
+
+    from sepconv import _native
+
+    size = 1024
+    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    products: list[Callable[[], Any]] = [lambda: a @ a]
+    try:
+        import torch
+
+        b = torch.from_numpy(a)
+        products.append(lambda: b @ b)
+    except ImportError:
+        pass
+    best = math.inf
+    for product in products:
+        for _ in range(6):
+            start = time.perf_counter()
+            product()
+            best = min(best, time.perf_counter() - start)
+    # It runs on one CPU.
+    fma = max(_native.fma_peak_gflops("float32") for _ in range(3)) * threads
+    return Peaks(fma, 2 * size**3 / best / 1e9)
+
+
+def highest(one: Peaks, other: Peaks) -> Peaks:
+    return Peaks(*map(max, one, other))
+
+
+def installed(name: str) -> bool:
+    import importlib.util
+
+    return not name.startswith("torch") or importlib.util.find_spec("torch") is not None
+
+
+def measure_layer(problem: Any, makers: dict[str, Any], options: argparse.Namespace) -> list[dict]:
+    """Checks and times all candidates on one layer."""
+    import functools
+
+    import candidates
+    import jax
+    import numpy as np
+    from problems import worst_error
+
+    from sepconv import machine, timing
+
+    copies = 1
+    if options.buffers == "fresh":
+        pair = problem.x.nbytes + problem.dy.nbytes
+        copies = max(2, math.ceil(2 * machine.last_level_cache_bytes() / pair))
+    step = jax.jit(candidates.jax_step(functools.partial(candidates.lax_layer, problem)))
+    reference, absolute = (
+        [np.asarray(value) for value in step(p.dy, p.x, *p.weights)]
+        for p in (problem, problem.absolute())
+    )
+    made = {name: maker(problem, copies) for name, maker in makers.items()}
+    rows = []
+    for job in candidates.JOBS if options.jobs == "both" else (options.jobs,):
+        errors = {}
+        for name, candidate in made.items():
+            results = candidate.results[job]()
+            errors[name] = worst_error(results, reference, absolute, problem.terms())
+            if not errors[name] < 1:
+                raise RuntimeError(
+                    f"{name}, {job} of {problem.label}: the result differs from that of JAX's own "
+                    f"convolutions by {errors[name]:.3g} times what rounding allows."
+                )
+        blocks = {name: candidate.blocks[job] for name, candidate in made.items()}
+        for name, result in timing.interleaved(blocks, rounds=options.rounds).items():
+            rows.append(
+                {
+                    "network": problem.network,
+                    "layer": problem.layer,
+                    "label": problem.label,
+                    "job": job,
+                    "candidate": name,
+                    "median_us": result.median * 1e6,
+                    "quartile1_us": result.low * 1e6,
+                    "quartile3_us": result.high * 1e6,
+                    "best_us": result.best * 1e6,
+                    "samples": result.samples,
+                    "gflops": problem.flops(job) / result.median / 1e9,
+                    "error_of_allowed": errors[name],
+                }
+            )
+    return rows
+
+
+def add_ratios(rows: list[dict], peaks: Peaks, baseline: str) -> None:
+    stock = {(r["label"], r["job"]): r["median_us"] for r in rows if r["candidate"] == baseline}
+    for row in rows:
+        reference = stock.get((row["label"], row["job"]))
+        row["speedup_over_stock"] = reference / row["median_us"] if reference else ""
+        row["percent_of_fma_peak"] = 100 * row["gflops"] / peaks.fma
+        row["percent_of_sgemm"] = 100 * row["gflops"] / peaks.sgemm
+
+
+def write_csv(path: Path, rows: list[dict], facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**rounded, **facts})
+
+
+def show(console: Any, rows: list[dict], peaks: Peaks, names: list[str], title: str) -> None:
+    from rich.table import Table
+
+    ours = next((name for name in names if name.startswith("sepconv")), None)
+    for job in dict.fromkeys(row["job"] for row in rows):
+        table = Table(title=f"{job}: {title}", title_justify="left", title_style="bold")
+        table.add_column("layer", no_wrap=True)
+        if ours:
+            table.add_column(f"% of peak\n{ours}", justify="right")
+        for name in names:
+            table.add_column(f"{name}\nus", justify="right")
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        for label in dict.fromkeys(row["label"] for row in rows):
+            here = {r["candidate"]: r for r in rows if r["label"] == label and r["job"] == job}
+            cells = [label]
+            if ours:
+                cells.append(f"{here[ours]['percent_of_fma_peak']:.0f}")
+            for name in names:
+                row = here[name]
+                spread = (row["quartile3_us"] - row["quartile1_us"]) / row["median_us"] / 2
+                text = f"{row['median_us']:.0f} +-{100 * spread:.0f}%"
+                if ours and name != ours:
+                    ratio = row["median_us"] / here[ours]["median_us"]
+                    ratios[name].append(ratio)
+                    text += f" {ratio:.1f}x"
+                cells.append(text)
+            table.add_row(*cells)
+        if ours:
+            means = [
+                f"{statistics.geometric_mean(ratios[name]):.2f}x" if ratios[name] else ""
+                for name in names
+            ]
+            table.add_section()
+            table.add_row("geometric mean", "", *means)
+        console.print(table)
+    console.print(
+        f"FMA peak {peaks.fma:.0f} GFLOP/s, matrix product {peaks.sgemm:.0f} GFLOP/s, both the "
+        f"best of this run. +-: half the distance of the quartiles. Ratios: to {ours}.",
+        highlight=False,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.quick:
+        options.rounds = min(options.rounds, 3)
+    limit_threads(options.threads)
+
+    import candidates
+    import problems
+    from rich.console import Console
+    from rich.progress import track
 
     import sepconv
-    from sepconv import _native, machine
+    from sepconv import machine
 
-    torch.set_num_threads(arguments.threads)
-    sepconv.set_num_threads(arguments.threads)
-    layers = json.loads(Path(__file__).with_name("workloads.json").read_text())["layers"]
+    sepconv.set_num_threads(options.threads)
+    chosen = [
+        problem
+        for problem in problems.load(options.batch)
+        if (options.layers or "") in problem.label
+        and (not options.quick or options.layers or problem.label in problems.QUICK)
+    ]
+    if not chosen:
+        sys.exit(f"error: `--layers` fits no row. Received: {options.layers!r}")
+    makers = {name: maker for name, maker in candidates.MAKERS.items() if installed(name)}
+    if installed("torch"):
+        import torch
+
+        torch.set_num_threads(options.threads)
+    tensorflow = None
+    if options.oracle_python and Path(options.oracle_python).exists():
+        tensorflow = candidates.TensorFlow(options.oracle_python, options.threads)
+        makers["tensorflow"] = tensorflow
+    if options.only:
+        unknown = set(options.only) - set(makers)
+        if unknown:
+            sys.exit(f"error: `--only` must be one of {', '.join(makers)}. Received: {unknown}")
+        makers = {name: maker for name, maker in makers.items() if name in options.only}
+
+    console = Console()
     facts = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "cpu": machine.cpu_name(),
         "target": sepconv.cpu_target(),
-        "threads": arguments.threads,
-        "batch": arguments.batch,
-        **machine.versions("sepconv", "jax", "keras", "torch", "numpy"),
+        "threads": options.threads,
+        "batch": options.batch,
+        "buffers": options.buffers,
+        # Of the last minute: times taken beside other work say so.
+        "load": f"{os.getloadavg()[0]:.1f}",
+        **machine.versions("sepconv", "numpy", "jax", "jaxlib", "keras", "torch"),
     }
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = []
-    for network, key in ROWS[2:4] if arguments.quick else ROWS:
-        layer = find_row(layers, network, key)
-        found = candidates(layer, arguments.batch, np)
-        seconds = 0.0 if arguments.quick else arguments.seconds
-        label = f"{layer['H']}x{layer['W']} {layer['Cin']}>{layer['Cout']} k{layer['kernel'][0]}"
-        for position, measured in enumerate(("forward", "training")):
-            peaks = [_native.fma_peak_gflops() for _ in range(5)]
-            calls = {name: pair[position] for name, pair in found.items()}
-            medians = interleaved_medians(calls, seconds, 3 if arguments.quick else 5)
-            peaks += [_native.fma_peak_gflops() for _ in range(5)]
-            peak = statistics.median(peaks) * arguments.threads
-            flops = layer["gflop_fwd_per_image"] * arguments.batch * (3 if position else 1)
-            ours = medians["sepconv.keras"]
-            for name, median in medians.items():
-                rows.append(
-                    {
-                        **facts,
-                        "network": layer["network"],
-                        "layer": layer["name"],
-                        "shape": label,
-                        "pass": measured,
-                        "candidate": name,
-                        "median_us": round(median * 1e6, 1),
-                        "ratio_to_sepconv_keras": round(median / ours, 3),
-                        "gflops": round(flops / median, 1),
-                        "fma_peak_gflops": round(peak, 1),
-                        "fraction_of_peak": round(flops / median / peak, 3),
-                    }
-                )
-            stated = "  ".join(
-                f"{n} {t * 1e6:.0f} us ({t / ours:.2f}x)" for n, t in medians.items()
-            )
-            print(f"{label} {measured}: {flops / ours / peak:.0%} of peak | {stated}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {arguments.out}")
+    if tensorflow:
+        facts["tensorflow"] = tensorflow.version
+    rows: list[dict] = []
+    peaks = measure_peaks(options.threads)
+    try:
+        for problem in track(chosen, "measuring", console=console, transient=True):
+            rows += measure_layer(problem, makers, options)
+            # A virtual machine is not equally fast all the time: the peak is that of the whole run.
+            peaks = highest(peaks, measure_peaks(options.threads))
+    finally:
+        if tensorflow:
+            tensorflow.close()
+    add_ratios(rows, peaks, candidates.BASELINE)
+    facts |= {"fma_peak_gflops": f"{peaks.fma:.1f}", "sgemm_gflops": f"{peaks.sgemm:.1f}"}
+    write_csv(options.csv, rows, facts)
+    title = (
+        f"batch {options.batch}, {options.threads} thread(s), {options.buffers} buffers, "
+        f"{machine.cpu_name()}"
+    )
+    show(console, rows, peaks, list(makers), title)
+    console.print(f"CSV: {options.csv}", soft_wrap=True)
 
 
 if __name__ == "__main__":
