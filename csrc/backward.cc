@@ -230,6 +230,10 @@ class BackwardLoop {
       T* panel = packed_ + slice * packed_slice_elements_ + panels.begin(i) * p_.filters;
       const S* rows = pointwise_ + (q_begin + panels.begin(i)) * p_.filters;
       const int64_t count = panels.columns(i), width = panels.width(i);
+      if constexpr (std::is_same_v<S, T>) {
+        p_.kernels.pack_transposed(rows, p_.filters, p_.filters, count, width, panel);
+        continue;
+      }
       for (int64_t f0 = 0; f0 < p_.filters; f0 += kTransposeBlock) {
         const int64_t f1 = std::min(p_.filters, f0 + kTransposeBlock);
         for (int64_t c = 0; c < count; ++c) {
@@ -395,8 +399,8 @@ class BackwardLoop {
         const int64_t f = panels.begin(i);
         // Packed, the panel is a few pages that all row tiles share; in place, every pixel is a
         // page of its own.
-        PackRows(dz + own_first * dz_stride_ + f, dz_stride_, own_pixels, panels.columns(i),
-                 panels.width(i), scratch.dz_panel);
+        PackRows<T>(p_.kernels, dz + own_first * dz_stride_ + f, dz_stride_, own_pixels,
+                    panels.columns(i), panels.width(i), scratch.dz_panel);
         p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_,
                          scratch.dz_panel, panels.width(i),
                          task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters,

@@ -83,8 +83,8 @@ class ForwardLoop {
     if (first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
         const int64_t k = task * kTransposeBlock;
-        PackPanels(pointwise_, p_.depth, p_.filters, k, std::min(p_.depth, k + kTransposeBlock),
-                   panels_, first_packed_, packed_);
+        PackPanels<S>(p_.kernels, pointwise_, p_.depth, p_.filters, k,
+                      std::min(p_.depth, k + kTransposeBlock), panels_, first_packed_, packed_);
       });
     }
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {

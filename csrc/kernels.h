@@ -66,6 +66,11 @@ struct Kernels {
   // any of the inputs.
   void (*slope_from_input)(Activation, const T* gradient, const T* z, T* out, int64_t count);
   void (*slope_from_output)(Activation, const T* gradient, const T* y, T* out, int64_t count);
+  // to[r][c] = from[r * stride + c] for c < count, zero up to `width`, a whole number of vectors.
+  void (*pack)(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width, T* to);
+  // to[r][c] = from[c * stride + r], likewise.
+  void (*pack_transposed)(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
+                          T* to);
   void (*add_column_sums)(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums);
   void (*fma_chains)(int64_t steps,
                      T* result);  // `fma_chain_flops` floating-point operations a step

@@ -396,13 +396,17 @@ class Panels {
 
 // Copies `rows` rows of `count` elements next to each other, each zero-filled to `width`.
 template <typename S>
-void PackRows(const S* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
-              ComputeType<S>* to) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < count; ++c) to[c] = Widen(from[c]);
-    for (int64_t c = count; c < width; ++c) to[c] = 0;
-    from += stride;
-    to += width;
+void PackRows(const Kernels<ComputeType<S>>& kernels, const S* from, int64_t stride, int64_t rows,
+              int64_t count, int64_t width, ComputeType<S>* to) {
+  if constexpr (std::is_same_v<S, ComputeType<S>>) {
+    kernels.pack(from, stride, rows, count, width, to);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < count; ++c) to[c] = Widen(from[c]);
+      for (int64_t c = count; c < width; ++c) to[c] = 0;
+      from += stride;
+      to += width;
+    }
   }
 }
 
@@ -410,13 +414,14 @@ void PackRows(const S* from, int64_t stride, int64_t rows, int64_t count, int64_
 // panel[depth][width], zero-filled. Row blocks outside, panels inside: rows are read in the order
 // of memory, where a panel on its own would touch one line of a new page at every step.
 template <typename S>
-void PackPanels(const S* matrix, int64_t depth, int64_t stride, int64_t k_begin, int64_t k_end,
-                const Panels& panels, int64_t first_panel, ComputeType<S>* packed) {
+void PackPanels(const Kernels<ComputeType<S>>& kernels, const S* matrix, int64_t depth,
+                int64_t stride, int64_t k_begin, int64_t k_end, const Panels& panels,
+                int64_t first_panel, ComputeType<S>* packed) {
   for (int64_t panel = first_panel; panel < panels.count(); ++panel) {
     const int64_t column = panels.begin(panel), count = panels.columns(panel),
                   width = panels.width(panel);
-    PackRows(matrix + k_begin * stride + column, stride, k_end - k_begin, count, width,
-             packed + (column - panels.begin(first_panel)) * depth + k_begin * width);
+    PackRows<S>(kernels, matrix + k_begin * stride + column, stride, k_end - k_begin, count, width,
+                packed + (column - panels.begin(first_panel)) * depth + k_begin * width);
   }
 }
 

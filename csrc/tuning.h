@@ -27,10 +27,10 @@ struct TargetTuning {
 // cycles of latency x 2 pipes threefold.
 inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, 8, 1, 9};
 
-// 16 registers: 4 x 3 = 12 accumulators + 3 columns + 1 broadcast. Per step 7 loads feed 12 FMAs,
-// against 8 loads for 6 x 2: measured 8 % faster on Zen 3, where two loads a cycle are the tighter
-// limit. 12 >= 8 FMAs in flight (4 cycles x 2 pipes).
-inline constexpr TargetTuning kAvx2Tuning{32, 3, {12, 6, 4, 0}, 4, 2, 5};
+// 16 registers: 6 x 2 = 12 accumulators + 2 columns + 1 broadcast leave one for the compiler; 4 x 3
+// would need all 16, and spills. Per step 8 loads feed 12 FMAs, two of each a cycle. 12 >= 8 FMAs
+// in flight (4 cycles x 2 pipes).
+inline constexpr TargetTuning kAvx2Tuning{32, 2, {12, 6, 0, 0}, 4, 2, 5};
 
 // 32 registers of 4 floats: 6 x 4 = 24 accumulators + 4 columns + 1 broadcast = 29.
 inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, 4, 4, 4};
