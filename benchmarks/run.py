@@ -187,14 +187,15 @@ def write_csv(path: Path, rows: list[dict], facts: dict[str, Any]) -> None:
 def show(console: Any, rows: list[dict], peaks: Peaks, names: list[str], title: str) -> None:
     from rich.table import Table
 
-    ours = next((name for name in names if name.startswith("sepconv")), None)
+    doors = [name for name in names if name.startswith("sepconv")]
+    ours = "sepconv keras" if "sepconv keras" in doors else next(iter(doors), None)
     for job in dict.fromkeys(row["job"] for row in rows):
         table = Table(title=f"{job}: {title}", title_justify="left", title_style="bold")
-        table.add_column("layer", no_wrap=True)
+        table.add_column("us", no_wrap=True)
         if ours:
-            table.add_column(f"% of peak\n{ours}", justify="right")
+            table.add_column("% of\npeak", justify="right", no_wrap=True)
         for name in names:
-            table.add_column(f"{name}\nus", justify="right")
+            table.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
         ratios: dict[str, list[float]] = {name: [] for name in names}
         for label in dict.fromkeys(row["label"] for row in rows):
             here = {r["candidate"]: r for r in rows if r["label"] == label and r["job"] == job}
@@ -204,7 +205,7 @@ def show(console: Any, rows: list[dict], peaks: Peaks, names: list[str], title: 
             for name in names:
                 row = here[name]
                 spread = (row["quartile3_us"] - row["quartile1_us"]) / row["median_us"] / 2
-                text = f"{row['median_us']:.0f} +-{100 * spread:.0f}%"
+                text = f"{row['median_us']:.0f} ±{100 * spread:.0f}%"
                 if ours and name != ours:
                     ratio = row["median_us"] / here[ours]["median_us"]
                     ratios[name].append(ratio)
@@ -221,7 +222,7 @@ def show(console: Any, rows: list[dict], peaks: Peaks, names: list[str], title: 
         console.print(table)
     console.print(
         f"FMA peak {peaks.fma:.0f} GFLOP/s, matrix product {peaks.sgemm:.0f} GFLOP/s, both the "
-        f"best of this run. +-: half the distance of the quartiles. Ratios: to {ours}.",
+        f"best of this run. ±: half the distance of the quartiles. % of peak, ratios: of {ours}.",
         highlight=False,
     )
 
@@ -265,6 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
         makers = {name: maker for name, maker in makers.items() if name in options.only}
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     facts = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "cpu": machine.cpu_name(),
