@@ -78,7 +78,7 @@ def draw_photo(face: Face, comparison: Comparison) -> Figure:
 
 
 def draw_curves(result: TrainingResult) -> Figure:
-    """Draws both loss curves, their difference, and both accuracies.
+    """Draws both loss curves, their distance and that of the control, and both accuracies.
 
     Args:
         result: Of the training.
@@ -93,12 +93,21 @@ def draw_curves(result: TrainingResult) -> Figure:
     loss.set_yscale("log")
     loss.legend(frameon=False, fontsize=9)
 
-    apart = np.abs(np.subtract(result.stock.losses, result.ours.losses))
     # Equal to the last bit has no place on a logarithmic axis.
-    difference.plot(steps, np.maximum(apart, 1e-9), color=_INK, linewidth=1)
+    control = np.maximum(result.control_differences, 1e-9)
+    difference.plot(
+        steps[: len(control)],
+        control,
+        color=_STOCK,
+        linewidth=4,
+        label="stock, last bit of the\nfirst weights changed",
+    )
+    ours = np.maximum(result.loss_differences, 1e-9)
+    difference.plot(steps, ours, color=_OURS, linewidth=1, label="sepconv")
+    difference.legend(frameon=False, fontsize=9, loc="lower right")
     difference.set_yscale("log")
     difference.set_ylim(5e-10, 2)
-    difference.set_title("difference of the two losses", fontsize=10)
+    difference.set_title("distance from the stock loss", fontsize=10)
     difference.set_xlabel("step")
 
     epochs = np.arange(1, len(result.stock.accuracies) + 1)

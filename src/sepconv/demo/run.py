@@ -86,9 +86,11 @@ def _show_comparison(console: Console, comparison: pretrained.Comparison) -> Non
 def _show_training(console: Console, result: training.TrainingResult) -> None:
     stock, ours = result.stock, result.ours
     console.print(f"  step of {result.batch_size}: {_versus(stock.timing, ours.timing)}")
+    ours_apart, control_apart = result.loss_differences, result.control_differences
     console.print(
-        f"  losses differ by {result.first_loss_difference:.0e} at the first step, by "
-        f"{result.loss_difference:.0e} at most over {len(stock.losses)} steps"
+        f"  distance from the stock loss: {ours_apart[0]:.0e} at the first step, at most "
+        f"{ours_apart[: len(control_apart)].max():.0e} in the first epoch; rounding alone takes a "
+        f"stock control {control_apart.max():.0e} away"
     )
     console.print(
         f"  accuracy on {len(ours.predictions)} unseen digits: stock {stock.accuracies[-1]:.1%}, "

@@ -57,6 +57,8 @@ class TrainingResult:
     Attributes:
         stock: The run with stock layers.
         ours: The run with our layers.
+        control_losses: Of the steps of the first epoch, with stock layers whose first weights
+            differ in the last bit: how far rounding alone drives two equal networks apart.
         validation: The digits that neither was trained on.
         training_count: How many digits both were trained on.
         batch_size: Digits in one step.
@@ -64,19 +66,21 @@ class TrainingResult:
 
     stock: Run
     ours: Run
+    control_losses: list[float]
     validation: Digits
     training_count: int
     batch_size: int
 
     @property
-    def loss_difference(self) -> float:
-        """Largest difference of the two loss curves at any step."""
-        return float(np.max(np.abs(np.subtract(self.stock.losses, self.ours.losses))))
+    def loss_differences(self) -> npt.NDArray[np.float64]:
+        """Distance of our loss from the stock one at every step."""
+        return np.abs(np.subtract(self.stock.losses, self.ours.losses))
 
     @property
-    def first_loss_difference(self) -> float:
-        """Difference of the two losses before the first update: nothing has added up yet."""
-        return abs(self.stock.losses[0] - self.ours.losses[0])
+    def control_differences(self) -> npt.NDArray[np.float64]:
+        """Distance of the control's loss from the stock one at every step of the first epoch."""
+        count = len(self.control_losses)
+        return np.abs(np.subtract(self.stock.losses[:count], self.control_losses))
 
     @property
     def agreement(self) -> float:
@@ -125,7 +129,8 @@ def train(
 ) -> TrainingResult:
     """Trains both networks step by step in turn and returns what they did.
 
-    A fifth of the digits is kept for validation.
+    For the first epoch a control runs along: the stock network, every first weight moved to the
+    next float. A fifth of the digits is kept for validation.
 
     Args:
         digits: All digits, in random order.
@@ -138,9 +143,11 @@ def train(
     validation = Digits(digits.images[count:], digits.labels[count:])
     stock = build_network(seed)
     networks = {"stock": stock, "ours": swap_separable_layers(stock, SEPARABLE_LAYERS)}
+    control = keras.models.clone_model(stock)
+    control.set_weights([np.nextafter(w, np.inf, dtype=w.dtype) for w in stock.get_weights()])
     steps = count // batch_size
-    runs = {name: Run([], [], [], [], np.zeros(0, np.int64)) for name in networks}
-    for network in networks.values():
+    runs = {name: Run([], [], [], [], np.zeros(0, np.int64)) for name in (*networks, "control")}
+    for network in (*networks.values(), control):
         network.compile(
             optimizer=keras.optimizers.SGD(
                 keras.optimizers.schedules.CosineDecay(0.1, epochs * steps), momentum=0.9
@@ -155,17 +162,25 @@ def train(
             name: progress.add_task(name, total=epochs * steps, loss="", speed="", accuracy="")
             for name in networks
         }
-        for _ in range(epochs):
+        bars["control"] = progress.add_task(
+            "control", total=steps, loss="", speed="", accuracy="not measured"
+        )
+        for epoch in range(epochs):
             for step, chosen in enumerate(rng.permutation(count).reshape(steps, batch_size)):
                 # In turn, and the other one first next time: a slow moment of the machine hits
                 # both.
                 for name in list(networks)[:: 1 if step % 2 else -1]:
                     seconds = _step(networks[name], digits, chosen, runs[name])
                     _show_step(progress, bars[name], runs[name], seconds)
+                if epoch == 0:
+                    seconds = _step(control, digits, chosen, runs["control"])
+                    _show_step(progress, bars["control"], runs["control"], seconds)
             for name, network in networks.items():
                 _validate(network, validation, runs[name])
                 progress.update(bars[name], accuracy=f"{runs[name].accuracies[-1]:.1%}")
-    return TrainingResult(runs["stock"], runs["ours"], validation, count, batch_size)
+    return TrainingResult(
+        runs["stock"], runs["ours"], runs["control"].losses, validation, count, batch_size
+    )
 
 
 def _step(
@@ -196,7 +211,7 @@ def _validate(network: keras.Model, validation: Digits, run: Run) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("  {task.description:<6}"),
+        TextColumn("  {task.description:<7}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:>6}"),
