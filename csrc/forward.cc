@@ -48,9 +48,19 @@ class ForwardLoop {
                     : panels_.packed_columns() == p_.filters ? panels_.count()
                                                              : panels_.count() - 1;
 
+    depth_stride_ = p_.TileStride(p_.depth);
     tile_pixels_ = TilePixels<T>(p_.depth, p_.filters, p_.kernels);
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
-    if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) tiles = RoundUp(tiles, threads_);
+    const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
+    // Several threads share such a layer by its filters, each with a depthwise output of its own.
+    packs_in_time_ = !in_place && p_.pixels * depth_stride_ * element <= kForwardWholeBytes &&
+                     p_.depth * p_.filters * element > kForwardWholeWeightBytes &&
+                     (threads_ == 1 || p_.pixels * taps < p_.filters);
+    if (packs_in_time_) {
+      tiles = 1;
+    } else if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) {
+      tiles = RoundUp(tiles, threads_);
+    }
     tile_pixels_ = RoundUp(CeilDiv(p_.pixels, tiles), p_.kernels.rows);
     tiles_ = CeilDiv(p_.pixels, tile_pixels_);
     // Too few tiles for the threads: each tile's filters are split, and its depthwise output
@@ -58,16 +68,17 @@ class ForwardLoop {
     parts_ = std::min(panels_.count(), CeilDiv(threads_, tiles_));
 
     direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
-    depth_stride_ = p_.TileStride(p_.depth);
     staged_columns_ = g.in_width;
     strip_ = StripChannels();
   }
 
   void Run() {
     Layout64 shared;
-    const int64_t packed_at =
-        shared.Add((panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth, sizeof(T));
+    const int64_t packed_at = shared.Add(
+        packs_in_time_ ? 0 : (panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth,
+        sizeof(T));
     Layout64 own;
+    const int64_t packed_panel_at = own.Add(packs_in_time_ ? p_.depth * columns_ : 0, sizeof(T));
     const int64_t tile_at = own.Add(tile_pixels_ * depth_stride_, sizeof(T));
     const int64_t panel_at = own.Add(direct_y_ ? 0 : tile_pixels_ * columns_, sizeof(T));
     const int64_t gradient_at = own.Add(gradient_.dz ? tile_pixels_ * columns_ : 0, sizeof(T));
@@ -80,7 +91,7 @@ class ForwardLoop {
     char* memory = buffer.As<char>();
     packed_ = reinterpret_cast<T*>(memory + packed_at);
 
-    if (first_packed_ < panels_.count()) {
+    if (!packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
         const int64_t k = task * kTransposeBlock;
         PackPanels<S>(p_.kernels, pointwise_, p_.depth, p_.filters, k,
@@ -89,7 +100,8 @@ class ForwardLoop {
     }
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
       char* mine = memory + shared.bytes() + worker * own.bytes();
-      const Scratch scratch = {reinterpret_cast<T*>(mine + tile_at),
+      const Scratch scratch = {reinterpret_cast<T*>(mine + packed_panel_at),
+                               reinterpret_cast<T*>(mine + tile_at),
                                reinterpret_cast<T*>(mine + panel_at),
                                reinterpret_cast<T*>(mine + gradient_at),
                                reinterpret_cast<T*>(mine + staged_at),
@@ -106,9 +118,10 @@ class ForwardLoop {
 
  private:
   struct Scratch {
-    T* tile;      // [pixel][depth]: the depthwise output
-    T* panel;     // [pixel][panel column]: output before it is narrowed or transposed
-    T* gradient;  // [pixel][panel column]
+    T* packed_panel;  // [depth][panel column]
+    T* tile;          // [pixel][depth]: the depthwise output
+    T* panel;         // [pixel][panel column]: output before it is narrowed or transposed
+    T* gradient;      // [pixel][panel column]
     T* staged;
     int64_t* staged_row;
     SourceRow<T>* rows;
@@ -168,7 +181,15 @@ class ForwardLoop {
       const int64_t column = panels_.begin(panel), count = panels_.columns(panel);
       const T* b = nullptr;
       int64_t b_stride = panels_.width(panel);
-      if (panel >= first_packed_) b = packed_ + (column - panels_.begin(first_packed_)) * p_.depth;
+      const S* ahead = nullptr;
+      if (packs_in_time_) {
+        PackRows<S>(p_.kernels, pointwise_ + column, p_.filters, p_.depth, count, b_stride,
+                    scratch.packed_panel);
+        b = scratch.packed_panel;
+        if (panel + 1 < panel_end) ahead = pointwise_ + panels_.begin(panel + 1);
+      } else if (panel >= first_packed_) {
+        b = packed_ + (column - panels_.begin(first_packed_)) * p_.depth;
+      }
       T* out = scratch.panel;
       int64_t out_stride = columns_;
       if constexpr (std::is_same_v<S, T>) {
@@ -182,7 +203,10 @@ class ForwardLoop {
         }
       }
       p_.kernels.gemm({pixels, p_.depth, count, scratch.tile, depth_stride_, 1, b, b_stride, out,
-                       out_stride, p_.bias ? p_.bias + column : nullptr, low, high, false});
+                       out_stride, p_.bias ? p_.bias + column : nullptr, low, high, false,
+                       reinterpret_cast<const char*>(ahead),
+                       p_.filters * static_cast<int64_t>(sizeof(S)),
+                       ahead ? panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) : 0});
       if (activation != Activation::kLinear && !clamps) {
         p_.kernels.activate(activation, out, pixels, count, out_stride);
       }
@@ -211,7 +235,7 @@ class ForwardLoop {
   int64_t threads_;
   int64_t first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1, depth_stride_ = 0,
           staged_columns_ = 0, strip_ = 0;
-  bool direct_y_ = false;
+  bool direct_y_ = false, packs_in_time_ = false;
   T* packed_ = nullptr;
 };
 

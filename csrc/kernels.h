@@ -24,6 +24,9 @@ struct GemmArgs {
   const T* bias;  // null: none
   T low, high;    // (-inf, inf): no clamp
   bool accumulate;
+  // Rows to fetch into L2 meanwhile, as many as `depth`, each as wide as a panel; null: none.
+  const char* ahead = nullptr;
+  int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,

@@ -47,6 +47,13 @@ inline constexpr int64_t kForwardTileBytes = 288 * 1024;
 // (128 / pixels bytes per cycle and core) and a larger tile would only leave L2.
 inline constexpr int64_t kForwardMaxPixels = 256;
 
+// Where the depthwise output of all pixels fits these bytes of L2 beside one weight panel, and the
+// weights take more than those, every panel is packed just before its only use, while the rows of
+// the one before are computed: the weights are then read once, where packing them all first would
+// write and read them once more.
+inline constexpr int64_t kForwardWholeBytes = 416 * 1024;
+inline constexpr int64_t kForwardWholeWeightBytes = 256 * 1024;
+
 // Narrow pointwise stages use the depthwise tile only once or twice: keep it in L1 instead.
 inline constexpr int64_t kForwardNarrowTileBytes = 24 * 1024;
 

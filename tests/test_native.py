@@ -311,6 +311,8 @@ THREADED = [
     ),
     Problem(ConvSpec(padding="same", input_activation="gelu"), 1, 7, 7, 500, 1, (3, 3), 300),
     Problem(ConvSpec(data_format="channels_first"), 2, 12, 70, 200, 1, (5, 1), 9),
+    # Few pixels, many weights: threads share the filters, and pack each panel before its only use.
+    Problem(ConvSpec(padding="same", activation="silu"), 1, 5, 5, 600, 1, (3, 3), 450),
 ]
 
 

@@ -124,8 +124,8 @@ def _training_text(result: TrainingResult) -> str:
         f"update the losses differ by {ours_apart[0]:.0e}; afterwards training amplifies every "
         f"rounding, to {ours_apart[: len(control_apart)].max():.0e} at most in the first epoch. "
         "That is no property of our layers: the stock network itself, its first weights changed in "
-        f"the last bit, went as far as {control_apart.max():.0e}. Accuracy on {len(ours.predictions)} "
-        f"other digits: {stock.accuracies[-1]:.1%} and {ours.accuracies[-1]:.1%}; both agree on "
+        f"the last bit, went as far as {control_apart.max():.0e}. Accuracy on "
+        f"{len(ours.predictions)} other digits: {stock.accuracies[-1]:.1%} and {ours.accuracies[-1]:.1%}; both agree on "
         f"{result.agreement:.1%} of them. One step takes {stock.timing.median * 1e3:.1f} ms and "
         f"{ours.timing.median * 1e3:.1f} ms."
     )
