@@ -3,9 +3,6 @@
 #define SEPCONV_FLOAT_MODE_H_
 
 #include <cstdint>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace sepconv {
 
@@ -29,8 +26,10 @@ class IeeeMode {
   using Control = uint32_t;
   static constexpr Control kDefault = 0x1f80;  // MXCSR: every exception masked, nothing else
   static constexpr Control kFlags = 0x3f;      // exceptions seen so far: not a mode
-  static Control Read() { return _mm_getcsr() & ~kFlags; }
-  static void Write(Control control) { _mm_setcsr((_mm_getcsr() & kFlags) | control); }
+  static Control Read() { return __builtin_ia32_stmxcsr() & ~kFlags; }
+  static void Write(Control control) {
+    __builtin_ia32_ldmxcsr((__builtin_ia32_stmxcsr() & kFlags) | control);
+  }
 #elif defined(__aarch64__)
   using Control = uint64_t;
   static constexpr Control kDefault = 0;  // FPCR

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from keras_backends import interpreter_with, path_to_the_package
 
 HERE = Path(__file__).parent
 UNTOUCHED_CONFIG = {
@@ -37,16 +38,16 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("backend", ["jax", "numpy", "torch", "tensorflow"])
 def test_contract(backend, tmp_path):
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    python = interpreter_with(backend)
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "KERAS_HOME": str(tmp_path),
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": path_to_the_package(tmp_path),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
         [*command, str(HERE / "layer_contract.py")], env=environment, capture_output=True, text=True
     )

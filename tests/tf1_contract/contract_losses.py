@@ -87,7 +87,10 @@ def test_c066_toggling_after_the_call_leaves_the_collection_alone(graph):
     assert counts(layer) == (3, 0)
     assert layer.trainable_variables is not layer.trainable_variables
     for names_of in ("variables", "trainable_variables", "non_trainable_variables"):
-        ours, theirs = getattr(layer, names_of), getattr(layer, names_of.replace("variables", "weights"))
+        ours, theirs = (
+            getattr(layer, names_of),
+            getattr(layer, names_of.replace("variables", "weights")),
+        )
         if names_of == "variables":
             theirs = layer.weights
         assert [a is b for a, b in zip(ours, theirs, strict=True)] == [True] * len(ours)

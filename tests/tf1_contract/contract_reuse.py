@@ -34,7 +34,7 @@ def test_c051_missing_and_existing_variables(mode):
     with pytest.raises(ValueError, match="does not exist"):
         sep(images(), 4, 3, name="n", reuse=True)
     called(_scope="n")
-    with pytest.raises(ValueError, match="already exists, disallowed. Did you mean to set reuse"):
+    with pytest.raises(ValueError, match=r"already exists, disallowed\. Did you mean to set reuse"):
         called(_scope="n")
     for reuse in (None, False):
         with pytest.raises(ValueError, match="already exists"):

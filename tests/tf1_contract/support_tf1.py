@@ -71,6 +71,26 @@ def total(scale: float) -> Any:
     return lambda tensor: scale * tf.reduce_sum(tensor)
 
 
+ROUNDED = {
+    "numpy": ("exponential", "hard_sigmoid", "mish", "selu", "softplus", "softsign"),
+    "tensorflow": ("gelu", "leaky_relu"),
+}
+"""Activations of Keras that no kernel of ours computes there and that round float64 to float32."""
+
+
+def rounding(activation: str | None, dtype: str) -> float:
+    """How much an activation of Keras rounds in float64, relatively; mostly 0.
+
+    On NumPy, `convert_to_tensor` makes a float32 array of a float64 one unless told a type, and so
+    do the functions that go through it. TensorFlow's have float32 constants.
+    """
+    if dtype != "float64" or activation not in ROUNDED.get(BACKEND, ()):
+        return 0.0
+    if BACKEND == "numpy":
+        assert keras.ops.convert_to_tensor(np.ones(1, "float64")).dtype == "float32"
+    return 2.0**-24
+
+
 def defaults(function: Any) -> list[tuple[str, Any]]:
     """Names and defaults of a function's arguments, `self` and `**kwargs` left out."""
     return [

@@ -85,7 +85,7 @@ def filters(value: Any) -> int:
         ValueError: it is `None`, or not positive.
         TypeError: it is no number.
     """
-    if value is None or isinstance(value, np.floating) and not isinstance(value, float):
+    if value is None or (isinstance(value, np.floating) and type(value) is not np.float64):
         raise ValueError(f"`filters` must be an integer. Received: filters={value!r}")
     if isinstance(value, float):
         value = int(value)

@@ -1,4 +1,4 @@
-"""`tf.layers.Layer`: a Keras layer with the names, scopes, losses and dtype rules of legacy code."""
+"""`tf.layers.Layer`: a Keras layer with names, scopes, losses and dtypes as in legacy code."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Layer(keras.layers.Layer):
     """The base class of legacy layers.
 
     Its variables live in a variable scope, which the layer takes at its first call (or when it is
-    made, with `_scope`), and are shared as the scope's `reuse` says. A call that fails leaves nothing
-    behind but the scope.
+    made, with `_scope`), and are shared as the scope's `reuse` says. A call that fails leaves
+    nothing behind but the scope.
 
     Args:
         trainable: Whether the variables that the first call makes are trainable.
@@ -116,6 +116,7 @@ class Layer(keras.layers.Layer):
         (True, 'scale/factor:0')
     """
 
+    input_spec: Any
     _legacy: LayerState
     construction: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -137,6 +138,7 @@ class Layer(keras.layers.Layer):
     """What the constructor takes beyond its named arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Layer:
+        """Notes the arguments, which a copy is made from."""
         layer: Layer = super().__new__(cls, *args, **kwargs)
         object.__setattr__(layer, "construction", (args, kwargs))
         object.__setattr__(layer, "_legacy", LayerState())
@@ -232,7 +234,7 @@ class Layer(keras.layers.Layer):
         if self._legacy.scope is None:
             raise ValueError(
                 "No name available for layer scope because the layer "
-                f'"{self._legacy.name}" has not been used yet. The scope is taken at the first call.'
+                f'"{self._legacy.name}" has not been used yet. It is taken at the first call.'
             )
         return self._legacy.scope.name
 
@@ -311,7 +313,8 @@ class Layer(keras.layers.Layer):
             dtype: Element type; `None` for that of the layer, else float32.
             initializer: `None` for that of the scope, else Glorot uniform.
             regularizer: A function of the variable; a variable that was there gets no loss.
-            trainable: `None` for `True`; a layer that is not trainable makes no trainable variables.
+            trainable: `None` for `True`; a layer that is not trainable makes no trainable
+                variables.
             constraint: A function of the variable, for optimizers.
             use_resource: Not used.
             synchronization: Not used.
@@ -485,7 +488,7 @@ class Layer(keras.layers.Layer):
 
     @property
     def activity_regularizer(self) -> Any:
-        """A function of the output, called at every call; its result is divided by the batch size."""
+        """A function of the output; at every call its result, over the batch size, is a loss."""
         # Keras would add the loss itself, but takes no numbers and fails for None.
         return None if self._legacy.computing else self._legacy.activity_regularizer
 
@@ -516,7 +519,7 @@ class Layer(keras.layers.Layer):
                     graph.add_to_collection(GraphKeys.REGULARIZATION_LOSSES, deferred)
             elif graph is None and not self._legacy.computing:
                 raise ValueError(
-                    "Expected a function of no arguments: outside a call, and with no graph current, "
+                    "Expected a function of no arguments: outside a call, with no graph current, "
                     f"a loss that is a value would be gone at the next call. Received: {loss!r}"
                 )
             else:
@@ -578,8 +581,9 @@ class Layer(keras.layers.Layer):
 
     @property
     def get_losses_for(self) -> Callable[[Any], list[Any]]:
-        """In a graph, a function of `inputs`: the losses of calls on them, or, for `None`, the
-        losses that depend on no input.
+        """In a graph, a function of `inputs` that returns the losses of calls on them.
+
+        For `None` it returns the losses that depend on no input.
 
         Raises:
             AttributeError: no graph is current.
@@ -589,16 +593,14 @@ class Layer(keras.layers.Layer):
         return self._losses_for
 
     def _losses_for(self, inputs: Any) -> list[Any]:
-        wanted = None if inputs is None else {id(tensor) for tensor in keras.tree.flatten(inputs)}
-        of_calls = []
-        for loss in super()._get_own_losses():
-            on = self._legacy.loss_inputs.get(id(loss))
-            if on is None if wanted is None else any(
-                id(tensor) in wanted for tensor in keras.tree.flatten(on)
-            ):
-                of_calls.append(loss)
-        if wanted is not None:
-            return of_calls
+        def on(loss: Any) -> list[int]:
+            return [id(x) for x in keras.tree.flatten(self._legacy.loss_inputs.get(id(loss)))]
+
+        losses = super()._get_own_losses()
+        if inputs is not None:
+            wanted = {id(tensor) for tensor in keras.tree.flatten(inputs)}
+            return [loss for loss in losses if not wanted.isdisjoint(on(loss))]
+        of_calls = [loss for loss in losses if self._legacy.loss_inputs.get(id(loss)) is None]
         values = [loss.compute() for loss in self._legacy.deferred_losses]
         return [*of_calls, *(value for value in values if value is not None)]
 
@@ -678,9 +680,7 @@ class Layer(keras.layers.Layer):
         finally:
             state.computing = before
         if outputs is None:
-            raise ValueError(
-                f'`call` of layer "{self.name}" must return tensors. Received: None'
-            )
+            raise ValueError(f'`call` of layer "{self.name}" must return tensors. Received: None')
         return outputs
 
     def stateless_call(
@@ -729,7 +729,9 @@ class Layer(keras.layers.Layer):
         def to_tensor(leaf: Any) -> Any:
             if isinstance(leaf, (np.ndarray, np.generic)):
                 allow_float64(str(leaf.dtype))
-                return ops.convert_to_tensor(leaf, dtype=keras.backend.standardize_dtype(leaf.dtype))
+                return ops.convert_to_tensor(
+                    leaf, dtype=keras.backend.standardize_dtype(leaf.dtype)
+                )
             return leaf
 
         return keras.tree.map_structure(to_tensor, inputs)
@@ -891,9 +893,7 @@ class Layer(keras.layers.Layer):
             "dtype": self._dtype_config(),
         }
         if self._legacy.activity_regularizer is not None:
-            config["activity_regularizer"] = arguments.serialized(
-                self._legacy.activity_regularizer
-            )
+            config["activity_regularizer"] = arguments.serialized(self._legacy.activity_regularizer)
         return self._with_input_shape(config)
 
     def _with_input_shape(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,9 @@ def deep_copy(layer: Any, memo: dict[int, Any]) -> Any:
 
 
 def reduced(layer: Any) -> Any:
-    """Returns what `pickle` stores of a layer. It comes back without a graph: the next call gives it
-    one.
+    """Returns what `pickle` stores of a layer.
+
+    It comes back without a graph: the next call gives it one.
 
     Args:
         layer: A legacy layer.
@@ -47,7 +48,8 @@ def shallow_copy(layer: Any) -> Any:
     Args:
         layer: A legacy layer.
     """
-    twin = type(layer).__new__(type(layer))
+    cls = layer.__class__
+    twin = cls.__new__(cls)
     state = copy.copy(layer._legacy)
     own = {"build", "quantize", "construction", "_legacy"}  # Bound to the layer, or set above.
     twin.__dict__.update({k: v for k, v in vars(layer).items() if k not in own})

@@ -1,8 +1,9 @@
 """Graphs as legacy code uses them: containers of variables, names and collections.
 
-Nothing is recorded and nothing is run later: a layer called while a graph is current computes at once.
-A graph holds variables by full name, collections by key, and the counters that make names unique.
-Outside every graph there is one such container per process; `disable_eager_execution` makes it current.
+Nothing is recorded and nothing is run later: a layer called while a graph is current computes at
+once. A graph holds variables by full name, collections by key, and the counters that make names
+unique. Outside every graph there is one such container per process; `disable_eager_execution` makes
+it current.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class GraphKeys:
 class DeferredLoss:
     """A loss that collections and layers hold as its formula: every access computes it anew.
 
-    A tensor computed when a variable was made would neither follow the variable nor have a gradient.
+    A tensor computed when a variable was made would neither follow the variable nor have a
+    gradient.
 
     Args:
         compute: A function of no arguments that returns the loss.
@@ -80,7 +82,7 @@ class DeferredLoss:
 
 
 class CallLoss:
-    """A loss of one computation, as collections hold it outside a step: inside one it is out of date.
+    """A loss of one computation, as collections hold it: inside a step it is out of date.
 
     Args:
         value: A tensor.
@@ -212,7 +214,7 @@ class Graph:
 
     @contextlib.contextmanager
     def layer_names_kept(self) -> Iterator[None]:
-        """Forgets the layer names that are made up inside it, as a copy's name is its original's."""
+        """Forgets the layer names that are made up inside it: a copy's name is its original's."""
         counts = dict(self._layer_counts)
         try:
             yield
@@ -254,8 +256,10 @@ class Graph:
         self._draws = 0
 
     def next_seed(self) -> int:
-        """Returns a seed for one variable: from the graph's seed, else from Python's generator,
-        which `keras.utils.set_random_seed` seeds."""
+        """Returns a seed for one variable, drawn from the graph's seed.
+
+        Without one it comes from Python's generator, which `keras.utils.set_random_seed` seeds.
+        """
         if self._seed is None:
             return random.randint(1, 2**30)
         self._draws += 1
@@ -282,13 +286,15 @@ class Graph:
         """Keeps the losses of calls made inside it only until its end.
 
         A training step calls the layers again, and each call has its own activity losses: without a
-        step around it they would pile up in the collections. Losses of calls before the step are not
-        seen inside it.
+        step around it they would pile up in the collections. Losses of calls before the step are
+        not seen inside it. The numbers in names of operations go back at its end, too.
         """
         before, self._step = self._step, []
+        counts = dict(self._op_counts)
         try:
             yield
         finally:
+            self._op_counts = counts
             for _, _, forget in self._step:
                 forget()
             self._step = before
@@ -399,8 +405,8 @@ def set_random_seed(seed: int | None) -> None:
         >>> def first_value():
         ...     with tf.Graph().as_default():
         ...         tf.set_random_seed(7)
-        ...         return float(tf.get_variable("v", [1])[0])
-        >>> first_value() == first_value()
+        ...         return tf.get_variable("v", []).numpy()
+        >>> bool(first_value() == first_value())
         True
     """
     get_default_graph().set_seed(seed)

@@ -1,8 +1,9 @@
 """Initializers by their legacy names and arguments, and how a variable gets its first value.
 
-The classes are Keras initializers. A Keras initializer without a seed repeats itself: the same object
-gives two variables of one shape the same values. Legacy code hands one object to a whole network (as
-the initializer of a scope, say), so a variable here takes a fresh seed instead, from its graph.
+The classes are Keras initializers. A Keras initializer without a seed repeats itself: the same
+object gives two variables of one shape the same values. Legacy code hands one object to a whole
+network (as the initializer of a scope, say), so a variable here takes a fresh seed instead, from
+its graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from sepconv.tf1 import graphs
-from sepconv.tf1.tensors import allow_float64
+from sepconv.tf1.tensors import allow_float64, continued
 
 __all__ = [
     "constant",
@@ -56,12 +57,15 @@ class _Legacy:
     _dtype: Any = None
 
     def __call__(self, shape: Any, dtype: Any = None, partition_info: Any = None) -> Any:
-        return super().__call__(tuple(shape), dtype=dtype or self._dtype or "float32")  # type: ignore[misc]
+        """Returns a value for a variable."""
+        dtype = dtype or self._dtype or "float32"
+        return super().__call__(tuple(shape), dtype=dtype)  # type: ignore[misc]
 
     def plain(self) -> keras.initializers.Initializer:
         """Returns the Keras initializer that this one is an alias of."""
-        keras_class = next(c for c in type(self).__mro__ if c.__module__.startswith("keras."))
-        plain: keras.initializers.Initializer = keras_class.from_config(self.get_config())  # type: ignore[attr-defined]
+        keras_class: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("keras."))
+        config = self.get_config()  # type: ignore[attr-defined]
+        plain: keras.initializers.Initializer = keras_class.from_config(config)
         return plain
 
 
@@ -99,7 +103,8 @@ class constant_initializer(keras.initializers.Initializer):
     Example:
         >>> import sepconv.tf1 as tf
         >>> with tf.Graph().as_default():
-        ...     tf.get_variable("v", [2], initializer=tf.constant_initializer([1, 2])).numpy().tolist()
+        ...     v = tf.get_variable("v", [2], initializer=tf.constant_initializer([1, 2]))
+        ...     v.numpy().tolist()
         [1.0, 2.0]
     """
 
@@ -109,6 +114,7 @@ class constant_initializer(keras.initializers.Initializer):
         self.verify_shape = verify_shape
 
     def __call__(self, shape: Any, dtype: Any = None, partition_info: Any = None) -> Any:
+        """Returns a value for a variable."""
         shape = tuple(shape)
         values = np.asarray(self.value)
         if self.verify_shape and values.shape != shape:
@@ -116,15 +122,8 @@ class constant_initializer(keras.initializers.Initializer):
                 "`value` must have the shape of the variable. "
                 f"Received: value of shape {values.shape} for a variable of shape {shape}"
             )
-        flat = values.reshape(-1)
-        count = int(np.prod(shape, dtype=np.int64))
-        if flat.size > count:
-            raise ValueError(
-                f"`value` must have at most the {count} elements of the variable. "
-                f"Received: {flat.size} values for the shape {shape}"
-            )
-        flat = np.concatenate([flat, np.repeat(flat[-1:], count - flat.size)])
-        return ops.convert_to_tensor(flat.reshape(shape), dtype=dtype or self._dtype or "float32")
+        values = continued(values, shape)
+        return ops.convert_to_tensor(values, dtype=dtype or self._dtype or "float32")
 
     def plain(self) -> keras.initializers.Initializer:
         """Returns Keras's constant initializer if the value is a number, else this one."""

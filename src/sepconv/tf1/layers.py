@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 import warnings
 from collections.abc import Callable
@@ -39,11 +40,12 @@ _CHECKED_TYPES = ("float16", "bfloat16", "float32", "float64")
 class SeparableConv2D(sepconv.keras.SeparableConv2D, Layer):
     """Depthwise convolution, then pointwise convolution, bias and activation, as one operation.
 
-        D[n, y, x, c*M + m] = sum over i, j of X[n, y*sh + i*dh - top, x*sw + j*dw - left, c] * Kd[i, j, c, m]
+        D[n, y, x, c*M + m] =
+            sum over i, j of X[n, y*sh + i*dh - top, x*sw + j*dw - left, c] * Kd[i, j, c, m]
         Y[n, y, x, f] = activation(bias[f] + sum over q of D[n, y, x, q] * Kp[0, 0, q, f])
 
-    M is `depth_multiplier`, (sh, sw) `strides`, (dh, dw) `dilation_rate`; X is 0 outside, and `same`
-    padding puts the odd row and column last.
+    M is `depth_multiplier`, (sh, sw) `strides`, (dh, dw) `dilation_rate`; X is 0 outside, and
+    `same` padding puts the odd row and column last.
 
     Args:
         filters: Number of output channels.
@@ -162,9 +164,7 @@ class SeparableConv2D(sepconv.keras.SeparableConv2D, Layer):
                 f"The argument `strides` cannot contains 0(s). Received: strides={strides!r}"
             )
         resolved["depth_multiplier"] = arguments.depth_multiplier(depth_multiplier)
-        super().__init__(
-            use_bias=use_bias, trainable=trainable, name=name, **resolved, **kwargs
-        )
+        super().__init__(use_bias=use_bias, trainable=trainable, name=name, **resolved, **kwargs)
         self.groups = groups
         if isinstance(self.activation, keras.layers.Layer):
             # As in the original, the weights of a layer given as activation are not this layer's.
@@ -232,6 +232,38 @@ class SeparableConv2D(sepconv.keras.SeparableConv2D, Layer):
             return super().call(inputs)
         finally:
             object.__setattr__(self, "activation", given)
+
+    def _stock_call(self, inputs: Any) -> Any:
+        plan, (rows, columns) = self._plan, self.strides
+        first = 1 if plan.channels_axis == 3 else 2
+        height, width = inputs.shape[first : first + 2]
+        if keras.backend.backend() != "tensorflow" or rows == columns or None in (height, width):
+            return super()._stock_call(inputs)
+        # On a CPU, TensorFlow has no unequal strides: this computes more rows, or columns, and
+        # leaves out those that are too many.
+        common = math.gcd(rows, columns)
+        amounts = [(0, 0)] * 4
+        amounts[first : first + 2] = plan.padding_amounts(height, width, self.kernel_size)
+        outputs = keras.ops.separable_conv(
+            keras.ops.pad(inputs, amounts),
+            self.depthwise_kernel,
+            self.pointwise_kernel,
+            strides=common,
+            padding="valid",
+            data_format=self.data_format,
+            dilation_rate=self.dilation_rate,
+        )
+        steps = [slice(None)] * 4
+        steps[first : first + 2] = (
+            slice(None, None, rows // common),
+            slice(None, None, columns // common),
+        )
+        outputs = outputs[tuple(steps)]
+        if self.use_bias:
+            shape = [1] * 4
+            shape[plan.channels_axis] = self.filters
+            outputs = outputs + keras.ops.reshape(self.bias, shape)
+        return self.activation(outputs)
 
     def why_not(self, inputs: Any = None) -> str | None:
         """Tells why a call would run the computation of Keras instead of our kernel.
@@ -313,9 +345,7 @@ class SeparableConv2D(sepconv.keras.SeparableConv2D, Layer):
         except (ValueError, TypeError):
             dtype = str(inputs.dtype)
         if dtype.startswith("complex"):
-            raise ValueError(
-                f'Inputs of layer "{self.name}" must be real. Received: dtype={dtype}'
-            )
+            raise ValueError(f'Inputs of layer "{self.name}" must be real. Received: dtype={dtype}')
         if dtype not in _CHECKED_TYPES:
             raise TypeError(
                 f'Inputs of layer "{self.name}" must be of a floating-point type, one of '

@@ -9,7 +9,7 @@ from keras import ops
 from sepconv.tf1 import graphs, nn
 from sepconv.tf1.graphs import GraphKeys
 from sepconv.tf1.provided import not_provided
-from sepconv.tf1.tensors import add_n, constant, float32
+from sepconv.tf1.tensors import add_n, cast, constant, float32, operand
 
 __all__ = [
     "add_loss",
@@ -56,7 +56,8 @@ def get_regularization_losses(scope: str | None = None) -> list[Any]:
         >>> with tf.Graph().as_default():
         ...     v = tf.get_variable("v", [2], initializer=tf.ones_initializer(),
         ...                         regularizer=lambda v: tf.reduce_sum(v))
-        ...     float(tf.losses.get_regularization_losses()[0])
+        ...     loss = tf.losses.get_regularization_losses()[0]
+        ...     float(tf.stop_gradient(loss))
         2.0
     """
     return graphs.get_collection(GraphKeys.REGULARIZATION_LOSSES, scope)
@@ -132,8 +133,7 @@ def softmax_cross_entropy(
     scope: str | None = None,
     loss_collection: str | None = GraphKeys.LOSSES,
 ) -> Any:
-    """Computes the mean cross entropy of class probabilities and logits, and adds it to a
-    collection.
+    """Computes the mean cross entropy of probabilities and logits, and adds it to a collection.
 
     Args:
         onehot_labels: (batch, classes).
@@ -143,7 +143,8 @@ def softmax_cross_entropy(
         scope: Not used.
         loss_collection: Key of the collection, or `None`.
     """
-    labels = ops.cast(onehot_labels, logits.dtype)
+    logits = operand(logits)
+    labels = ops.cast(operand(onehot_labels), logits.dtype)
     labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
     losses = nn.softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     return _weighted_mean(losses, weights, loss_collection)
@@ -165,7 +166,7 @@ def mean_squared_error(
         scope: Not used.
         loss_collection: Key of the collection, or `None`.
     """
-    difference = ops.cast(predictions, float32) - ops.cast(labels, float32)
+    difference = cast(predictions, float32) - cast(labels, float32)
     return _weighted_mean(ops.square(difference), weights, loss_collection)
 
 

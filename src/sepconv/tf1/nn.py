@@ -8,6 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from sepconv.tf1.tensors import operand
+
 __all__ = [
     "avg_pool",
     "bias_add",
@@ -40,7 +42,7 @@ def _activation(name: str) -> Callable[..., Any]:
     operation = keras.activations.get(name)
 
     def activation(features: Any, name: str | None = None) -> Any:
-        return operation(features)
+        return operation(operand(features))
 
     activation.__name__ = activation.__qualname__ = name
     activation.__doc__ = f"Computes `keras.activations.{name}` of a tensor."
@@ -89,34 +91,35 @@ def hard_sigmoid(x: Any) -> Any:
 
 def leaky_relu(features: Any, alpha: float = 0.2, name: str | None = None) -> Any:
     """Computes `x` where positive, `alpha * x` elsewhere."""
-    return ops.leaky_relu(features, negative_slope=alpha)
+    return ops.leaky_relu(operand(features), negative_slope=alpha)
 
 
 def softmax(logits: Any, axis: int = -1, name: str | None = None) -> Any:
     """Computes `exp(x) / sum(exp(x))` along an axis."""
-    return ops.softmax(logits, axis=axis)
+    return ops.softmax(operand(logits), axis=axis)
 
 
 def log_softmax(logits: Any, axis: int = -1, name: str | None = None) -> Any:
     """Computes the logarithm of `softmax`."""
-    return ops.log_softmax(logits, axis=axis)
+    return ops.log_softmax(operand(logits), axis=axis)
 
 
 def l2_loss(t: Any, name: str | None = None) -> Any:
     """Computes `sum(t**2) / 2`."""
-    return ops.sum(ops.square(t)) / 2
+    return ops.sum(ops.square(operand(t))) / 2
 
 
 def bias_add(value: Any, bias: Any, data_format: str = "NHWC", name: str | None = None) -> Any:
     """Adds a bias along the channels: the last axis, or axis 1 where `data_format` is `NCHW`."""
+    value, bias = operand(value), operand(bias)
     if data_format.startswith("NC"):
         bias = ops.reshape(bias, (1, -1) + (1,) * (len(value.shape) - 2))
-    return ops.add(value, bias)
+    return value + bias  # On TensorFlow, ops.add guesses the axis of a bias by its size.
 
 
 def moments(x: Any, axes: Sequence[int], name: str | None = None, keepdims: bool = False) -> Any:
     """Returns mean and variance along axes."""
-    return ops.moments(x, axes=tuple(axes), keepdims=keepdims)
+    return ops.moments(operand(x), axes=tuple(axes), keepdims=keepdims)
 
 
 def _window(value: Any) -> tuple[int, int]:
@@ -125,9 +128,7 @@ def _window(value: Any) -> tuple[int, int]:
     return (value[1], value[2]) if len(value) == 4 else (value[0], value[1])
 
 
-def conv2d(
-    input: Any, filter: Any, strides: Any, padding: str, name: str | None = None
-) -> Any:
+def conv2d(input: Any, filter: Any, strides: Any, padding: str, name: str | None = None) -> Any:
     """Computes an ordinary convolution of a channels-last tensor.
 
     Args:
@@ -138,25 +139,33 @@ def conv2d(
         name: Not used.
     """
     return ops.conv(
-        input, filter, _window(strides), padding.lower(), data_format="channels_last"
+        operand(input),
+        operand(filter),
+        _window(strides),
+        padding.lower(),
+        data_format="channels_last",
     )
 
 
-def max_pool(
-    value: Any, ksize: Any, strides: Any, padding: str, name: str | None = None
-) -> Any:
+def max_pool(value: Any, ksize: Any, strides: Any, padding: str, name: str | None = None) -> Any:
     """Takes the maximum over windows of a channels-last tensor; arguments as in `conv2d`."""
     return ops.max_pool(
-        value, _window(ksize), _window(strides), padding.lower(), data_format="channels_last"
+        operand(value),
+        _window(ksize),
+        _window(strides),
+        padding.lower(),
+        data_format="channels_last",
     )
 
 
-def avg_pool(
-    value: Any, ksize: Any, strides: Any, padding: str, name: str | None = None
-) -> Any:
+def avg_pool(value: Any, ksize: Any, strides: Any, padding: str, name: str | None = None) -> Any:
     """Takes the mean over windows of a channels-last tensor; arguments as in `conv2d`."""
     return ops.average_pool(
-        value, _window(ksize), _window(strides), padding.lower(), data_format="channels_last"
+        operand(value),
+        _window(ksize),
+        _window(strides),
+        padding.lower(),
+        data_format="channels_last",
     )
 
 
@@ -164,13 +173,13 @@ def softmax_cross_entropy_with_logits(
     labels: Any = None, logits: Any = None, axis: int = -1, name: str | None = None
 ) -> Any:
     """Computes `-sum(labels * log_softmax(logits))` along an axis."""
-    return -ops.sum(labels * ops.log_softmax(logits, axis=axis), axis=axis)
+    return -ops.sum(
+        ops.multiply(operand(labels), ops.log_softmax(operand(logits), axis=axis)), axis=axis
+    )
 
 
 def sparse_softmax_cross_entropy_with_logits(
     labels: Any = None, logits: Any = None, name: str | None = None
 ) -> Any:
     """Computes the cross entropy of class numbers and logits, one loss per example."""
-    return ops.sparse_categorical_crossentropy(
-        ops.convert_to_tensor(labels), logits, from_logits=True
-    )
+    return ops.sparse_categorical_crossentropy(operand(labels), operand(logits), from_logits=True)

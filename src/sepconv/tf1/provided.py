@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 __all__ = ["NOT_PROVIDED", "not_provided"]
 
 _SESSION = (
-    "there is no graph execution, every call computes at once: call the network on arrays and use its "
-    "result"
+    "there is no graph execution, every call computes at once: "
+    "call the network on arrays and use its result"
 )
 _INITIALIZE = "variables have their values as soon as they are made: delete the line"
-_FEED = "pass arrays to the network where the feed dict went in, or a keras.Input for a symbolic call"
+_FEED = (
+    "pass arrays to the network where the feed dict went in, or a keras.Input for a symbolic call"
+)
 _PARTITION = "variables are not split into parts: delete the argument"
 _SAVE = "use keras.saving, or variable.op.name with variable.numpy() and variable.assign(value)"
 _ASSIGN = "use the variable's own assign, assign_add or assign_sub, which act at once"

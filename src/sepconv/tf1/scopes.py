@@ -15,8 +15,8 @@ import numpy as np
 
 from sepconv.tf1 import graphs, initializers
 from sepconv.tf1.graphs import DeferredLoss, GraphKeys
-from sepconv.tf1.tensors import as_dtype
-from sepconv.tf1.variables import Variable, natural_dtype
+from sepconv.tf1.tensors import as_dtype, natural_dtype
+from sepconv.tf1.variables import Variable
 
 __all__ = [
     "AUTO_REUSE",
@@ -357,10 +357,10 @@ def get_variable_scope() -> VariableScope:
 class variable_scope:
     """Opens a variable scope.
 
-    Opened by text it is a child of the scope that is open; opened by a scope object it is that scope,
-    wherever we are. Without a name, `default_name` is made unique among the children of the scope that
-    is open. When a scope is left, the names of its children are forgotten: opened again, it gives the
-    same names again.
+    Opened by text it is a child of the scope that is open; opened by a scope object it is that
+    scope, wherever we are. Without a name, `default_name` is made unique among the children of the
+    scope that is open. When a scope is left, the names of its children are forgotten: opened again,
+    it gives the same names again.
 
     Args:
         name_or_scope: Text, a scope object, or `None`.
@@ -370,7 +370,8 @@ class variable_scope:
         regularizer: Taken by variables inside that name none.
         caching_device: Not used.
         partitioner: Must be `None`: variables are not split here.
-        custom_getter: Called as `custom_getter(getter, name, **keywords)` for every variable inside.
+        custom_getter: Called as `custom_getter(getter, name, **keywords)` for every variable
+            inside.
         reuse: `None` and `False` inherit; `True` shares variables that exist and refuses others;
             `AUTO_REUSE` shares those that exist and makes others.
         dtype: Taken by `get_variable` inside; the layer takes that of its input.
@@ -380,8 +381,8 @@ class variable_scope:
 
     Raises:
         TypeError: neither a name nor a default name is given, or the name is no text.
-        ValueError: `reuse` is none of the above, or is given without a name; the name has characters
-            that scopes must not have.
+        ValueError: `reuse` is none of the above, or is given without a name; the name has
+            characters that scopes must not have.
         NotImplementedError: `partitioner` is given.
 
     Example:
@@ -460,8 +461,7 @@ class variable_scope:
             name = self._default_name
         if not isinstance(name, str):
             raise TypeError(
-                "`name_or_scope` must be text or a VariableScope. "
-                f"Received: name_or_scope={name!r}"
+                f"`name_or_scope` must be text or a VariableScope. Received: name_or_scope={name!r}"
             )
         parent = state.current
         _check_scope_name(parent.name, name)
@@ -471,7 +471,9 @@ class variable_scope:
         if self._name_or_scope is None:
             # A context that is entered again keeps the name that it was given first.
             name = self._name_or_scope = state.free_name(name)
-        scope = self._derived(parent, f"{parent.name}/{name}" if parent.name else name, opened_names)
+        scope = self._derived(
+            parent, f"{parent.name}/{name}" if parent.name else name, opened_names
+        )
         state.open(scope.name)
         stack.callback(state.forget_children, scope.name)
         self._make_current(state, stack, scope)
@@ -493,9 +495,7 @@ class variable_scope:
         return scope
 
     @staticmethod
-    def _make_current(
-        state: _State, stack: contextlib.ExitStack, scope: VariableScope
-    ) -> None:
+    def _make_current(state: _State, stack: contextlib.ExitStack, scope: VariableScope) -> None:
         stack.callback(setattr, state, "current", state.current)
         state.current = scope
 
@@ -514,8 +514,7 @@ def check_reuse(reuse: Any) -> Any:
     if reuse is True or reuse is AUTO_REUSE:
         return reuse
     raise ValueError(
-        "The reuse parameter must be True, False, None or tf.AUTO_REUSE. "
-        f"Received: reuse={reuse!r}"
+        f"The reuse parameter must be True, False, None or tf.AUTO_REUSE. Received: reuse={reuse!r}"
     )
 
 
@@ -532,9 +531,7 @@ def _chained(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Cal
 def _check_scope_name(parent: str, name: str) -> None:
     if name and not _VALID_SCOPE.match(f"{parent}/{name}" if parent else name):
         kind = "scope name" if parent else "root scope name"
-        raise ValueError(
-            f"{name!r} is not a valid {kind}: it must match {_VALID_SCOPE.pattern}"
-        )
+        raise ValueError(f"{name!r} is not a valid {kind}: it must match {_VALID_SCOPE.pattern}")
 
 
 def get_variable(

@@ -1,7 +1,7 @@
 """Tensors, dtypes and shapes by their legacy names, as thin aliases of `keras.ops`.
 
-This is the vocabulary that legacy code writes around the layer, no more. Everything computes at once, or
-symbolically on Keras tensors.
+This is the vocabulary that legacy code writes around the layer, no more. Everything computes at
+once, or symbolically on Keras tensors.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ class TensorShape(tuple[Any, ...]):
     """
 
     def __new__(cls, dims: Iterable[Any]) -> TensorShape:
+        """Makes a shape of sizes."""
         return super().__new__(cls, dims)
 
     def as_list(self) -> list[Any]:
@@ -221,20 +222,47 @@ def constant(
         >>> tf.constant(2.0, shape=[2]).shape == (2,)
         True
     """
+    dtype = natural_dtype(value) if dtype is None else dtype
     array = to_numpy(value) if ops.is_tensor(value) else np.asarray(value)
-    if dtype is None and not hasattr(value, "dtype"):
-        dtype = {"f": float32, "i": int32}.get(array.dtype.kind)
     if shape is not None:
-        flat = array.reshape(-1)
-        count = int(np.prod(shape, dtype=np.int64))
-        if flat.size > count:
-            raise ValueError(
-                f"`value` must have at most the {count} elements of `shape`. "
-                f"Received: {flat.size} elements, shape={tuple(shape)}"
-            )
-        padding = np.repeat(flat[-1:], count - flat.size)
-        array = np.concatenate([flat, padding]).reshape(tuple(shape))
+        array = continued(array, shape)
     return convert_to_tensor(array, dtype)
+
+
+def continued(values: np.ndarray[Any, Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Returns values in a shape; if they are too few, the last one goes on.
+
+    Args:
+        values: At least one.
+        shape: Sizes.
+
+    Raises:
+        ValueError: they are too many.
+    """
+    flat = values.reshape(-1)
+    count = int(np.prod(shape, dtype=np.int64))
+    if flat.size > count:
+        raise ValueError(
+            f"`value` must have at most the {count} elements of the shape {tuple(shape)}. "
+            f"Received: {flat.size} elements"
+        )
+    return np.concatenate([flat, np.repeat(flat[-1:], count - flat.size)]).reshape(tuple(shape))
+
+
+def natural_dtype(value: Any) -> str | None:
+    """Returns the element type that legacy code gives a value, or `None` if it gives it none.
+
+    That is the type of an array or tensor, float32 for Python floats, int32 for Python integers.
+
+    Args:
+        value: An array, a tensor, a number, or nested lists of numbers.
+    """
+    if hasattr(value, "dtype"):
+        name: str = keras.backend.standardize_dtype(value.dtype)
+        return name
+    return {"f": "float32", "i": "int32", "u": "int32", "b": "bool"}.get(
+        np.asarray(value).dtype.kind
+    )
 
 
 def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None) -> Any:
@@ -246,11 +274,7 @@ def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None) ->
             for Python integers.
         name: Not used.
     """
-    if dtype is None:
-        if hasattr(value, "dtype"):
-            dtype = keras.backend.standardize_dtype(value.dtype)
-        else:
-            dtype = {"f": float32, "i": int32}.get(np.asarray(value).dtype.kind)
+    dtype = natural_dtype(value) if dtype is None else dtype
     if dtype is not None:
         dtype = as_dtype(dtype)
         allow_float64(dtype)
@@ -263,9 +287,11 @@ def to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
     Args:
         tensor: Of the backend; a variable's value, say.
     """
+    # As Keras does it, NumPy 2 warns of torch and TensorFlow.
+    if keras.backend.backend() == "tensorflow" and hasattr(tensor, "numpy"):
+        return np.asarray(tensor.numpy())
     if keras.backend.backend() != "torch" or not hasattr(tensor, "detach"):
         return np.asarray(keras.ops.convert_to_numpy(tensor))
-    # As Keras does it, NumPy 2 warns of torch.
     tensor = tensor.detach().cpu()
     if str(tensor.dtype) == "torch.bfloat16":
         import ml_dtypes
@@ -287,7 +313,7 @@ def allow_float64(dtype: str) -> None:
         return
     import jax
 
-    if not jax.config.jax_enable_x64:
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         import logging
 
         logging.getLogger("sepconv").info(
@@ -310,8 +336,15 @@ zeros = _filled(0, "zeros")
 ones = _filled(1, "ones")
 
 
-def _value(tensor: Any) -> Any:
-    return tensor.value if isinstance(tensor, keras.Variable) else tensor
+def operand(value: Any) -> Any:
+    """Returns what an operation of the backend takes: a tensor, or a number as it is.
+
+    Args:
+        value: A tensor, a variable, an array, a number or nested lists.
+    """
+    if isinstance(value, keras.Variable):
+        return value.value
+    return convert_to_tensor(value) if isinstance(value, (np.ndarray, list, tuple)) else value
 
 
 def _reduction(function: str, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,8 +358,8 @@ def _reduction(function: str, operation: Callable[..., Any]) -> Callable[..., An
     ) -> Any:
         axis = reduction_indices if axis is None else axis
         axis = tuple(axis) if isinstance(axis, list) else axis
-        keep = True if keepdims or keep_dims else False
-        return operation(_value(input_tensor), axis=axis, keepdims=keep)
+        keep = keepdims or keep_dims or False
+        return operation(operand(input_tensor), axis=axis, keepdims=keep)
 
     reduction.__name__ = reduction.__qualname__ = function
     reduction.__doc__ = (
@@ -347,7 +380,7 @@ def _elementwise(function: str, operation: Callable[..., Any], operands: int) ->
             raise TypeError(
                 f"`{function}` takes {operands} tensors. Received: {len(tensors)} tensors"
             )
-        return operation(*(_value(tensor) for tensor in tensors))
+        return operation(*(operand(tensor) for tensor in tensors))
 
     elementwise.__name__ = elementwise.__qualname__ = function
     elementwise.__doc__ = f"Computes `{function}` elementwise, of {operands} tensor(s)."
@@ -386,21 +419,22 @@ def add_n(inputs: Sequence[Any], name: str | None = None) -> Any:
     """
     if len(inputs) == 0:
         raise ValueError("`inputs` must hold at least one tensor. Received: inputs=[]")
-    total = ops.convert_to_tensor(inputs[0])
+    total = operand(inputs[0])
     for tensor in inputs[1:]:
-        total = ops.add(total, tensor)
+        total = ops.add(total, operand(tensor))
     return total
 
 
 def identity(input: Any, name: str | None = None) -> Any:
     """Returns the tensor, or a variable's value."""
-    return ops.convert_to_tensor(input)
+    return convert_to_tensor(input)
 
 
 def cast(x: Any, dtype: Any, name: str | None = None) -> Any:
     """Returns a tensor in another element type."""
+    dtype = as_dtype(dtype)
     allow_float64(dtype)
-    return ops.cast(x, as_dtype(dtype))
+    return ops.cast(operand(x), dtype)
 
 
 def to_float(x: Any, name: str = "ToFloat") -> Any:
@@ -410,47 +444,47 @@ def to_float(x: Any, name: str = "ToFloat") -> Any:
 
 def reshape(tensor: Any, shape: Sequence[int], name: str | None = None) -> Any:
     """Returns a tensor in another shape; one size may be -1."""
-    return ops.reshape(tensor, tuple(shape))
+    return ops.reshape(operand(tensor), tuple(shape))
 
 
 def transpose(a: Any, perm: Sequence[int] | None = None, name: str | None = None) -> Any:
     """Returns a tensor with its axes permuted, reversed by default."""
-    return ops.transpose(a, perm)
+    return ops.transpose(operand(a), perm)
 
 
 def concat(values: Sequence[Any], axis: int, name: str = "concat") -> Any:
     """Returns tensors joined along an axis."""
-    return ops.concatenate(values, axis=axis)
+    return ops.concatenate([operand(value) for value in values], axis=axis)
 
 
 def stack(values: Sequence[Any], axis: int = 0, name: str = "stack") -> Any:
     """Returns tensors stacked along a new axis."""
-    return ops.stack(values, axis=axis)
+    return ops.stack([operand(value) for value in values], axis=axis)
 
 
 def expand_dims(input: Any, axis: int, name: str | None = None) -> Any:
     """Returns a tensor with an axis of size 1 more."""
-    return ops.expand_dims(input, axis)
+    return ops.expand_dims(operand(input), axis)
 
 
 def squeeze(input: Any, axis: Any = None, name: str | None = None) -> Any:
     """Returns a tensor without its axes of size 1, or without the given ones."""
-    return ops.squeeze(input, axis=tuple(axis) if isinstance(axis, list) else axis)
+    return ops.squeeze(operand(input), axis=tuple(axis) if isinstance(axis, list) else axis)
 
 
 def shape(input: Any, name: str | None = None) -> Any:
     """Returns the shape of a tensor."""
-    return ops.shape(input)
+    return ops.shape(operand(input))
 
 
 def argmax(input: Any, axis: int = 0, name: str | None = None) -> Any:
     """Returns the index of the largest element along an axis."""
-    return ops.argmax(input, axis=axis)
+    return ops.argmax(operand(input), axis=axis)
 
 
 def one_hot(indices: Any, depth: int, dtype: Any = float32, name: str | None = None) -> Any:
     """Returns vectors that are 1 at the index and 0 elsewhere."""
-    return ops.one_hot(ops.convert_to_tensor(indices), depth, dtype=dtype)
+    return ops.one_hot(operand(indices), depth, dtype=dtype)
 
 
 def random_normal(

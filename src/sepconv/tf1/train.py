@@ -1,5 +1,7 @@
-"""`tf.train`: optimizers whose `minimize` takes the loss as a function, as in the original's eager
-mode. There is no session that could compute a gradient later."""
+"""`tf.train`: optimizers whose `minimize` takes the loss as a function.
+
+So it is in the original's eager mode: there is no session that could compute a gradient later.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,7 @@ __all__ = [
 ]
 
 
-def value_and_gradients(
-    loss: Callable[[], Any], variables: Sequence[Any]
-) -> tuple[Any, list[Any]]:
+def value_and_gradients(loss: Callable[[], Any], variables: Sequence[Any]) -> tuple[Any, list[Any]]:
     """Computes a loss and its gradients with respect to variables.
 
     Activity losses of calls made by `loss` are in `REGULARIZATION_LOSSES` while it runs, and gone
@@ -57,7 +57,7 @@ def value_and_gradients(
         return backends[name](loss, list(variables))
 
 
-class _RecordingScope(keras.StatelessScope):  # type: ignore[misc]
+class _RecordingScope(keras.StatelessScope):
     """Remembers which variables were assigned inside it."""
 
     def __init__(self, state_mapping: Any) -> None:
@@ -97,7 +97,7 @@ def _with_torch(loss: Callable[[], Any], variables: list[Any]) -> tuple[Any, lis
 
 
 def _with_tensorflow(loss: Callable[[], Any], variables: list[Any]) -> tuple[Any, list[Any]]:
-    import tensorflow
+    import tensorflow  # type: ignore[import-untyped]
 
     values = [variable.value for variable in variables]
     with tensorflow.GradientTape() as tape:
@@ -132,8 +132,8 @@ class Optimizer:
         """
         if not callable(loss):
             raise TypeError(
-                "`loss` must be a function of no arguments that computes the loss: a tensor here is "
-                f"a value, not a graph to differentiate. Received: loss={loss!r}"
+                "`loss` must be a function of no arguments that computes the loss: a tensor here "
+                f"is a value, not a graph to differentiate. Received: loss={loss!r}"
             )
         variables = list(graphs.trainable_variables() if var_list is None else var_list)
         if not variables:
@@ -199,8 +199,8 @@ class GradientDescentOptimizer(Optimizer):
         ...     v = tf.get_variable("v", [1], initializer=tf.constant_initializer(3.0))
         ...     optimizer = tf.train.GradientDescentOptimizer(0.5)
         ...     optimizer.minimize(lambda: tf.reduce_sum(tf.square(v)))
-        ...     float(v[0])
-        0.0
+        ...     v.numpy().tolist()
+        [0.0]
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from sepconv.tf1 import graphs
-from sepconv.tf1.tensors import DType, TensorShape, allow_float64, to_numpy
+from sepconv.tf1.tensors import DType, TensorShape, allow_float64, natural_dtype, to_numpy
 
 __all__ = ["Variable"]
 
@@ -25,9 +25,10 @@ class _Op(NamedTuple):
 class Variable(keras.Variable):
     """A Keras variable whose `name` is its full name with `:0` behind it, as in a legacy graph.
 
-    `variable.op.name`, which checkpoints use, and `variable.path` have no `:0`. `trainable` is fixed
-    when the variable is made; `constraint` is the very object given, and optimizers apply it after
-    each update. The variable has its value from the start: there is nothing to initialize later.
+    `variable.op.name`, which checkpoints use, and `variable.path` have no `:0`. `trainable` is
+    fixed when the variable is made; `constraint` is the very object given, and optimizers apply it
+    after each update. The variable has its value from the start: there is nothing to initialize
+    later.
 
     Args:
         initial_value: An array, a tensor, a number, or a function of no arguments that returns one.
@@ -210,17 +211,3 @@ class Variable(keras.Variable):
     def initialized_value(self) -> Any:
         """Returns the value now, a tensor: a variable here is always initialized."""
         return self.read_value()
-
-
-def natural_dtype(value: Any) -> str:
-    """Returns the element type that legacy code gives a value: that of an array or tensor, float32
-    for Python floats, int32 for Python integers.
-
-    Args:
-        value: An array, a tensor, a number, or nested lists of numbers.
-    """
-    if hasattr(value, "dtype"):
-        name: str = keras.backend.standardize_dtype(value.dtype)
-        return name
-    kind = np.asarray(value).dtype.kind
-    return {"f": "float32", "i": "int32", "u": "int32", "b": "bool"}.get(kind, "float32")
