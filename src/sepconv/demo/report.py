@@ -125,8 +125,8 @@ def _training_text(result: TrainingResult) -> str:
         f"rounding, to {ours_apart[: len(control_apart)].max():.0e} at most in the first epoch. "
         "That is no property of our layers: the stock network itself, its first weights changed in "
         f"the last bit, went as far as {control_apart.max():.0e}. Accuracy on "
-        f"{len(ours.predictions)} other digits: {stock.accuracies[-1]:.1%} and {ours.accuracies[-1]:.1%}; both agree on "
-        f"{result.agreement:.1%} of them. One step takes {stock.timing.median * 1e3:.1f} ms and "
+        f"{len(ours.predictions)} other digits: {stock.accuracies[-1]:.1%} and "
+        f"{ours.accuracies[-1]:.1%}; both agree on {result.agreement:.1%} of them. One step takes {stock.timing.median * 1e3:.1f} ms and "
         f"{ours.timing.median * 1e3:.1f} ms."
     )
 
