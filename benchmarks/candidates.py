@@ -102,13 +102,27 @@ def keras_sepconv(problem: Problem, copies: int) -> Candidate:
 def torch_contiguous(problem: Problem, copies: int) -> Candidate:
     import torch
 
-    return _torch(problem, copies, torch.contiguous_format)
+    return _torch_pair(problem, copies, torch.contiguous_format)
 
 
 def torch_channels_last(problem: Problem, copies: int) -> Candidate:
     import torch
 
-    return _torch(problem, copies, torch.channels_last)
+    return _torch_pair(problem, copies, torch.channels_last)
+
+
+def sepconv_torch(problem: Problem, copies: int) -> Candidate:
+    import torch
+
+    from sepconv.torch import separable_conv2d
+
+    spec = problem.spec
+    keywords = {"stride": spec.strides, "padding": spec.padding, "dilation": spec.dilation_rate}
+
+    def layer(x: Any, *weights: Any) -> Any:
+        return separable_conv2d(x, *weights, **keywords)
+
+    return _torch(layer, problem, copies, torch.channels_last, None)
 
 
 class TensorFlow:
@@ -180,6 +194,7 @@ MAKERS: dict[str, Maker] = {
     "sepconv numpy": sepconv_numpy,
     "sepconv jax": sepconv_jax,
     "sepconv keras": keras_sepconv,
+    "sepconv torch": sepconv_torch,
     "keras on jax": keras_stock,
     "jax.lax": jax_lax,
     "torch": torch_contiguous,
@@ -278,27 +293,12 @@ def _keras(kind: Any, problem: Problem, copies: int) -> Candidate:
     return _jax(lambda x, *weights: layer.stateless_call(weights, [], x)[0], problem, copies)
 
 
-def _torch(problem: Problem, copies: int, memory_format: Any) -> Candidate:
+def _torch_pair(problem: Problem, copies: int, memory_format: Any) -> Candidate:
     import torch
 
     g = problem.geometry
     (top, bottom), (left, right) = _padding(problem)
     even = top == bottom and left == right
-
-    def image(array: np.ndarray) -> Any:
-        value = torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
-        return value.contiguous(memory_format=memory_format)
-
-    shape = (g.depthwise_channels, 1, g.kernel_height, g.kernel_width)
-    depthwise = problem.depthwise_kernel.transpose(2, 3, 0, 1).reshape(shape)
-    weights = [
-        torch.from_numpy(np.ascontiguousarray(depthwise)).contiguous(memory_format=memory_format),
-        torch.from_numpy(problem.pointwise_kernel.copy())
-        .permute(3, 2, 0, 1)
-        .contiguous(memory_format=memory_format),
-        torch.from_numpy(problem.bias.copy()),
-    ]
-    inputs = itertools.cycle([(image(problem.x), image(problem.dy)) for _ in range(copies)])
 
     def layer(x: Any, depthwise: Any, pointwise: Any, bias: Any) -> Any:
         if not even:
@@ -312,6 +312,31 @@ def _torch(problem: Problem, copies: int, memory_format: Any) -> Candidate:
             groups=g.in_channels,
         )
         return torch.nn.functional.conv2d(u, pointwise, bias)
+
+    return _torch(layer, problem, copies, memory_format, memory_format)
+
+
+def _torch(
+    layer: Callable[..., Any], problem: Problem, copies: int, image_format: Any, weight_format: Any
+) -> Candidate:
+    """A layer on tensors; weights stay in the memory order of Keras if `weight_format` is None."""
+    import torch
+
+    g = problem.geometry
+
+    def image(array: np.ndarray) -> Any:
+        value = torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+        return value.contiguous(memory_format=image_format)
+
+    shape = (g.depthwise_channels, 1, g.kernel_height, g.kernel_width)
+    weights = [
+        torch.from_numpy(problem.depthwise_kernel.copy()).permute(2, 3, 0, 1).reshape(shape),
+        torch.from_numpy(problem.pointwise_kernel.copy()).permute(3, 2, 0, 1),
+    ]
+    if weight_format is not None:
+        weights = [weight.contiguous(memory_format=weight_format) for weight in weights]
+    weights.append(torch.from_numpy(problem.bias.copy()))
+    inputs = itertools.cycle([(image(problem.x), image(problem.dy)) for _ in range(copies)])
 
     def forward() -> Any:
         with torch.inference_mode():

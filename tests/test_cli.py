@@ -268,7 +268,7 @@ def test_benchmark_writes_every_candidate_of_a_row(tmp_path):
     assert done.returncode == 0, done.stderr
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    ours = {"sepconv numpy", "sepconv jax", "sepconv keras"}
+    ours = {"sepconv numpy", "sepconv jax", "sepconv keras", "sepconv torch"}
     for job in ("forward", "training"):
         names = {row["candidate"] for row in rows if row["job"] == job}
         assert ours | {"keras on jax", "jax.lax", "torch", "torch channels_last"} <= names

@@ -6,8 +6,10 @@
 //
 // `geometry` is an int64 array of the fields of `Geometry._fields`. Every other array is a
 // C-contiguous CPU buffer with the number of elements that the geometry says (its shape is not
-// looked at), all of one dtype: float32, float64, float16 or bfloat16. NumPy arrays, torch tensors
-// without gradient tracking, and anything else that speaks DLPack or the buffer protocol will do. A
+// looked at), all of one dtype: float32, float64, float16 or bfloat16. NumPy arrays and anything
+// else that speaks DLPack or the buffer protocol will do. Tensors of torch, and whatever else has
+// the C exchange interface of DLPack, may have their axes in memory in any order, as long as they
+// leave no gaps: the caller knows which order the core expects, and spares himself the views. A
 // bias is None exactly when the geometry has none. In `backward`, `y` may be None (it is recomputed
 // where the slope of the activation needs it) and so may each gradient (it is not computed); that
 // of an absent bias must be.
@@ -27,6 +29,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind/xla_ffi.h"
@@ -76,16 +79,62 @@ std::string TypeName(nb::handle value) { return nb::type_name(value.type()).c_st
   throw nb::type_error(("`" + std::string(name) + "` " + rule_and_value).c_str());
 }
 
-template <typename Array>
-bool IsContiguous(const Array& array) {
-  if (array.size() == 0) return true;  // NumPy gives such arrays strides of its own choice
+// What is known of an array whose owner stays alive for the call.
+struct View {
+  void* data = nullptr;
+  nb::dlpack::dtype dtype = {};
+  int32_t device_type = 0;
+  int64_t size = 0;
+  bool is_dense = false;
+};
+
+bool IsContiguous(int64_t size, size_t ndim, const int64_t* shape, const int64_t* strides) {
+  // NumPy gives empty arrays strides of its own choice; DLPack may leave out those of dense ones.
+  if (size == 0 || strides == nullptr) return true;
   int64_t expected = 1;
-  for (size_t i = array.ndim(); i-- > 0;) {
-    const int64_t extent = static_cast<int64_t>(array.shape(i));
-    if (extent > 1 && array.stride(i) != expected) return false;
-    expected *= extent;
+  for (size_t i = ndim; i-- > 0;) {
+    if (shape[i] > 1 && strides[i] != expected) return false;
+    expected *= shape[i];
   }
   return true;
+}
+
+// The axes in some order are those of a contiguous array.
+bool HasNoGaps(int64_t size, size_t ndim, const int64_t* shape, const int64_t* strides) {
+  if (IsContiguous(size, ndim, shape, strides)) return true;
+  int64_t expected = 1;
+  for (bool found = true; found && expected < size;) {
+    found = false;
+    for (size_t i = 0; i < ndim && !found; ++i) {
+      if (shape[i] > 1 && strides[i] == expected) {
+        expected *= shape[i];
+        found = true;
+      }
+    }
+  }
+  return expected == size;
+}
+
+// The C exchange interface of DLPack: a capsule of function pointers on the type of an array. It
+// costs a tenth of an exchange through the Python methods. Of the table, which is stable within a
+// major version, this is the part up to the one function that is needed.
+struct ExchangeTable {
+  uint32_t major_version, minor_version;
+  const ExchangeTable* previous;
+  void* managed_tensor_functions[3];
+  int (*borrow)(void* object, nb::dlpack::dltensor* out);
+};
+
+// The function that describes objects of this type without taking them over, or null.
+auto BorrowFunction(nb::handle value) -> decltype(ExchangeTable::borrow) {
+  // What has the buffer protocol, as NumPy's arrays, is not asked: a missing attribute costs more.
+  if (PyObject_CheckBuffer(value.ptr())) return nullptr;
+  const nb::object capsule = nb::getattr(value.type(), "__dlpack_c_exchange_api__", nb::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* table =
+      static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (table != nullptr && table->major_version != 1) table = table->previous;
+  return table == nullptr ? nullptr : table->borrow;
 }
 
 // The arrays of one call: each is checked against what the geometry says and held until the call
@@ -94,13 +143,13 @@ class CallArrays {
  public:
   // Reads the geometry; every later size follows from it.
   CallArrays(nb::handle geometry, nb::handle x, int64_t dtype_code) {
-    const Array fields = Import<Array>("geometry", geometry);
-    if (fields.dtype() != kInt64)
-      RaiseTypeError("geometry", "must be int64. Received: " + Describe(fields.dtype()));
+    const View fields = Import<Array>("geometry", geometry);
+    if (fields.dtype != kInt64)
+      RaiseTypeError("geometry", "must be int64. Received: " + Describe(fields.dtype));
     CheckMemory("geometry", fields, kNumGeometryFields, alignof(int64_t));
-    std::memcpy(&geometry_, fields.data(), sizeof(Geometry));
+    std::memcpy(&geometry_, fields.data, sizeof(Geometry));
 
-    element_ = x.is_none() ? kDTypes[0].dtype : Import<Array>("x", x).dtype();
+    element_ = x.is_none() ? kDTypes[0].dtype : Import<Array>("x", x).dtype;
     if (dtype_code == -1) {
       dtype_code = CodeOf(element_);
     } else if (dtype_code < 0 || dtype_code >= kNumDTypes) {
@@ -122,10 +171,9 @@ class CallArrays {
   const Sizes& sizes() const { return sizes_; }
 
   const void* Input(const char* name, nb::handle value, int64_t size) {
-    inputs_[num_inputs_] = Import<Array>(name, value);
-    const Array& array = inputs_[num_inputs_++];
-    CheckElements(name, array, size);
-    return array.data();
+    const View view = Import<Array>(name, value);
+    CheckElements(name, view, size);
+    return view.data;
   }
 
   const void* OptionalInput(const char* name, nb::handle value, int64_t size) {
@@ -141,10 +189,9 @@ class CallArrays {
   }
 
   void* Output(const char* name, nb::handle value, int64_t size) {
-    outputs_[num_outputs_] = Import<WritableArray>(name, value);
-    const WritableArray& array = outputs_[num_outputs_++];
-    CheckElements(name, array, size);
-    return array.data();
+    const View view = Import<WritableArray>(name, value);
+    CheckElements(name, view, size);
+    return view.data;
   }
 
   void* OptionalOutput(const char* name, nb::handle value, int64_t size) {
@@ -164,9 +211,26 @@ class CallArrays {
   using WritableArray = nb::ndarray<>;
 
   template <typename T>
-  static T Import(const char* name, nb::handle value) {
+  View Import(const char* name, nb::handle value) {
+    nb::dlpack::dltensor tensor;  // Its shape and strides belong to the object.
+    if (const auto borrow = BorrowFunction(value); borrow != nullptr) {
+      if (borrow(value.ptr(), &tensor) == 0) {
+        View view = {static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.dtype,
+                     tensor.device.device_type, 1};
+        for (int32_t i = 0; i < tensor.ndim; ++i) view.size *= tensor.shape[i];
+        view.is_dense = HasNoGaps(view.size, tensor.ndim, tensor.shape, tensor.strides);
+        return view;
+      }
+      PyErr_Clear();  // The slow way below has the better words for it.
+    }
     T array;
-    if (!value.is_none() && nb::try_cast(value, array, /*convert=*/false)) return array;
+    if (!value.is_none() && nb::try_cast(value, array, /*convert=*/false)) {
+      View view = {const_cast<void*>(array.data()), array.dtype(), array.device_type(),
+                   static_cast<int64_t>(array.size())};
+      view.is_dense = IsContiguous(view.size, array.ndim(), array.shape_ptr(), array.stride_ptr());
+      Keep(std::move(array));
+      return view;
+    }
     Array readable;
     if (!value.is_none() && nb::try_cast(value, readable, /*convert=*/false)) {
       RaiseValueError(name, "must be writable. Received: a read-only " + TypeName(value));
@@ -181,6 +245,9 @@ class CallArrays {
                  : std::string()));
   }
 
+  void Keep(Array&& array) { inputs_[num_inputs_++] = std::move(array); }
+  void Keep(WritableArray&& array) { outputs_[num_outputs_++] = std::move(array); }
+
   static int64_t CodeOf(nb::dlpack::dtype dtype) {
     for (int64_t code = 0; code < kNumDTypes; ++code) {
       if (kDTypes[code].dtype == dtype) return code;
@@ -189,28 +256,25 @@ class CallArrays {
                    "must hold float32, float64, float16 or bfloat16. Received: " + Describe(dtype));
   }
 
-  template <typename T>
-  void CheckElements(const char* name, const T& array, int64_t size) const {
-    if (array.dtype() != element_) {
+  void CheckElements(const char* name, const View& view, int64_t size) const {
+    if (view.dtype != element_) {
       RaiseTypeError(name, "must have the dtype of `x`, " + Describe(element_) +
-                               ". Received: " + Describe(array.dtype()));
+                               ". Received: " + Describe(view.dtype));
     }
-    CheckMemory(name, array, size, ElementSize(dtype_));
+    CheckMemory(name, view, size, ElementSize(dtype_));
   }
 
-  template <typename T>
-  static void CheckMemory(const char* name, const T& array, int64_t size, size_t alignment) {
-    if (array.device_type() != nb::device::cpu::value) {
-      RaiseValueError(name, "must be in CPU memory. Received: device type " +
-                                std::to_string(array.device_type()));
+  static void CheckMemory(const char* name, const View& view, int64_t size, size_t alignment) {
+    if (view.device_type != nb::device::cpu::value) {
+      RaiseValueError(
+          name, "must be in CPU memory. Received: device type " + std::to_string(view.device_type));
     }
-    if (static_cast<int64_t>(array.size()) != size) {
+    if (view.size != size) {
       RaiseValueError(name, "must have " + std::to_string(size) +
-                                " elements. Received: " + std::to_string(array.size()));
+                                " elements. Received: " + std::to_string(view.size));
     }
-    if (!IsContiguous(array))
-      RaiseValueError(name, "must be C-contiguous. Received: a strided array");
-    if (size > 0 && reinterpret_cast<uintptr_t>(array.data()) % alignment != 0) {
+    if (!view.is_dense) RaiseValueError(name, "must be C-contiguous. Received: a strided array");
+    if (size > 0 && reinterpret_cast<uintptr_t>(view.data) % alignment != 0) {
       RaiseValueError(name, "must be aligned to its element size. Received: an unaligned array");
     }
   }
@@ -219,7 +283,7 @@ class CallArrays {
   nb::dlpack::dtype element_;
   DType dtype_;
   Sizes sizes_;
-  Array inputs_[7];
+  Array inputs_[9];  // The geometry and `x`, read for its dtype, among them.
   WritableArray outputs_[5];
   int num_inputs_ = 0;
   int num_outputs_ = 0;

@@ -62,10 +62,19 @@ import keras  # noqa: E402
 from keras import ops  # noqa: E402
 
 _BACKEND = keras.config.backend()
-# The doors that take the arrays of a Keras backend.
-_DOORS = {"jax": "sepconv.jax", "numpy": "sepconv.numpy"}
-_DOOR: Any = importlib.import_module(_DOORS[_BACKEND]) if _BACKEND in _DOORS else None
+# The doors that take the arrays of a Keras backend, and the operation there that takes the layouts
+# of Keras.
+_DOORS = {
+    "jax": ("sepconv.jax", "separable_conv2d"),
+    "numpy": ("sepconv.numpy", "separable_conv2d"),
+    "torch": ("sepconv.torch", "separable_conv2d_keras"),
+}
+_DOOR: Any = importlib.import_module(_DOORS[_BACKEND][0]) if _BACKEND in _DOORS else None
+_OPERATION = _DOORS[_BACKEND][1] if _BACKEND in _DOORS else ""
 
+_is_compiling: Callable[[], bool] = (
+    importlib.import_module("torch").compiler.is_compiling if _BACKEND == "torch" else lambda: False
+)
 _FUSED = tuple((getattr(keras.activations, name), name) for name in ACTIVATIONS)
 
 
@@ -87,8 +96,8 @@ class SeparableConv2D(keras.layers.SeparableConv2D):
 
     Arguments, weights, config, saving and every other behaviour are those of
     `keras.layers.SeparableConv2D`; only the computation differs. Beyond it, an output of size 0 is
-    legal and empty. On the JAX and NumPy backends of Keras the kernel of this library runs, on
-    others the computation of Keras; `why_not` tells which.
+    legal and empty. On the JAX, torch and NumPy backends of Keras the kernel of this library runs,
+    on others the computation of Keras; `why_not` tells which.
 
     The activation is part of the kernel if it is one of Keras' own functions relu, relu6,
     leaky_relu, sigmoid, tanh, silu, gelu, hard_sigmoid, hard_silu, elu or linear, in its default
@@ -97,7 +106,7 @@ class SeparableConv2D(keras.layers.SeparableConv2D):
     Example:
         >>> import numpy as np
         >>> layer = SeparableConv2D(4, 3, padding="same", activation="relu")
-        >>> layer(np.ones((1, 5, 5, 2), "float32")).shape
+        >>> tuple(layer(np.ones((1, 5, 5, 2), "float32")).shape)
         (1, 5, 5, 4)
         >>> stock = keras.layers.SeparableConv2D(4, 3)
         >>> ours = SeparableConv2D.from_config(stock.get_config())
@@ -107,10 +116,13 @@ class SeparableConv2D(keras.layers.SeparableConv2D):
         """Computes the layer. Keras calls it, with the inputs in the compute dtype."""
         weights = [ops.convert_to_tensor(weight) for weight in self._weights_in_use()]
         dtypes = [keras.backend.standardize_dtype(array.dtype) for array in (inputs, *weights)]
-        if self._refusal(inputs.shape, *dtypes) is not None:
-            return self._stock_call(inputs)
+        # While torch compiles, the door must decide: what follows is no part of a graph.
+        if not _is_compiling():
+            device = self._device_of(inputs)
+            if self._refusal(tuple(inputs.shape), *dtypes, device=device) is not None:
+                return self._stock_call(inputs)
         fused = _fused_name(self.activation)
-        outputs = _DOOR.separable_conv2d(
+        outputs = getattr(_DOOR, _OPERATION)(
             inputs,
             *weights,
             **self._geometric_arguments(),
@@ -146,11 +158,13 @@ class SeparableConv2D(keras.layers.SeparableConv2D):
             own = keras.backend.standardize_dtype(inputs.dtype)
             dtype = dtype if self.autocast and keras.backend.is_float_dtype(own) else own
         shape = self._with_known_sizes(given)
-        reason = self._refusal(shape, dtype, self.compute_dtype)
+        device = self._device_of(inputs)
+        reason = self._refusal(shape, dtype, self.compute_dtype, device=device)
         return reason or self._refusal_of_door(shape, dtype)
 
-    def _refusal(self, shape: tuple[int, ...], dtype: str, *weight_dtypes: str) -> str | None:
-        """The reasons that hold on every device; JAX decides about those when it lowers."""
+    def _refusal(
+        self, shape: tuple[int, ...], dtype: str, *weight_dtypes: str, device: str
+    ) -> str | None:
         if _DOOR is None:
             return f"sepconv has no kernel for the {_BACKEND} backend of Keras"
         for weight_dtype in weight_dtypes:
@@ -158,7 +172,17 @@ class SeparableConv2D(keras.layers.SeparableConv2D):
                 return f"the input is {dtype}, and the layer computes in {weight_dtype}"
         # The batch decides nothing, and may be symbolic.
         shapes = self._call_shapes((1, *shape[1:]))
-        return backends.why_not(self._conv_spec.resolve(*shapes), dtype, "cpu")
+        return backends.why_not(self._conv_spec.resolve(*shapes), dtype, device)
+
+    def _device_of(self, inputs: Any) -> str:
+        """Where a call would run. JAX decides when it lowers, and counts as the CPU until then."""
+        if _BACKEND != "torch":
+            return "cpu"
+        if self.built and not hasattr(inputs, "device"):  # Symbolic, or nothing at all.
+            inputs = self.depthwise_kernel.value
+        device: str = getattr(getattr(inputs, "device", None), "type", "cpu")
+        # Keras takes its shapes from there.
+        return "cpu" if device == "meta" else device
 
     def _refusal_of_door(self, shape: tuple[int, ...], dtype: str) -> str | None:
         if _BACKEND != "jax":
