@@ -117,17 +117,19 @@ def _layer_rows(comparison: Comparison) -> str:
 def _training_text(result: TrainingResult) -> str:
     stock, ours = result.stock, result.ours
     ours_apart, control_apart = result.loss_differences, result.control_differences
+    furthest = ours_apart[: len(control_apart)].max()
+    steps, digits = len(stock.losses), len(ours.predictions)
+    accuracies = f"{stock.accuracies[-1]:.1%} and {ours.accuracies[-1]:.1%}"
+    times = f"{stock.timing.median * 1e3:.1f} ms and {ours.timing.median * 1e3:.1f} ms"
     return (
         f"A small network with separable convolutions was trained on {result.training_count} of "
         "the 5,000 MNIST digits, twice: with stock layers and with ours, from the same weights, on "
-        f"the same batches of {result.batch_size}, {len(stock.losses)} steps. Before the first "
-        f"update the losses differ by {ours_apart[0]:.0e}; afterwards training amplifies every "
-        f"rounding, to {ours_apart[: len(control_apart)].max():.0e} at most in the first epoch. "
-        "That is no property of our layers: the stock network itself, its first weights changed in "
-        f"the last bit, went as far as {control_apart.max():.0e}. Accuracy on "
-        f"{len(ours.predictions)} other digits: {stock.accuracies[-1]:.1%} and "
-        f"{ours.accuracies[-1]:.1%}; both agree on {result.agreement:.1%} of them. One step takes {stock.timing.median * 1e3:.1f} ms and "
-        f"{ours.timing.median * 1e3:.1f} ms."
+        f"the same batches of {result.batch_size}, {steps} steps. Before the first update the "
+        f"losses differ by {ours_apart[0]:.0e}; afterwards training amplifies every rounding, to "
+        f"{furthest:.0e} at most in the first epoch. That is no property of our layers: the stock "
+        "network itself, its first weights changed in the last bit, went as far as "
+        f"{control_apart.max():.0e}. Accuracy on {digits} other digits: {accuracies}; both agree "
+        f"on {result.agreement:.1%} of them. One step takes {times}."
     )
 
 
