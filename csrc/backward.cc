@@ -66,11 +66,15 @@ class BackwardLoop {
     sums_in_place_ = std::is_same_v<S, T> && slabs_ == 1;
 
     Layout64 shared;
-    const int64_t packed_at = shared.Add(packed_elements_, sizeof(T));
+    // A slice that one task alone reads is packed by that task, and stays in its cache.
+    const bool packs_in_time = slabs_ == 1;
+    const int64_t packed_at =
+        shared.Add(packs_in_time ? 0 : slices_ * packed_slice_elements_, sizeof(T));
     const int64_t dz_at = shared.Add(recompute_slope_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
     const int64_t partial = sums_in_place_ ? 0 : p_.depth * (taps + p_.filters + 1) + p_.filters;
     const int64_t partials_at = shared.Add(slabs_ * partial, sizeof(T));
     Layout64 own;
+    const int64_t packed_slice_at = own.Add(packs_in_time ? packed_slice_elements_ : 0, sizeof(T));
     const int64_t ring_at = own.Add(ring_pixels_ * slice_stride_, sizeof(T));
     const int64_t tile_at = own.Add(chunk_pixels_ * slice_stride_, sizeof(T));
     const int64_t dz_tile_at =
@@ -85,7 +89,7 @@ class BackwardLoop {
     const int64_t taps_at = own.Add(taps, sizeof(Tap<T>));
     const Buffer buffer(shared.bytes() + threads_ * own.bytes());
     char* memory = buffer.As<char>();
-    packed_ = reinterpret_cast<T*>(memory + packed_at);
+    T* packed = reinterpret_cast<T*>(memory + packed_at);
     dz_ = reinterpret_cast<T*>(memory + dz_at);
 
     if (recompute_slope_) {
@@ -94,8 +98,10 @@ class BackwardLoop {
           nullptr};
       RunForward<S>(g, forward, {dy_, dz_, dz_stride_});
     }
-    if (needs_depthwise_gradient()) {
-      ParallelFor(slices_, threads_, [&](int64_t slice, int64_t) { PackSlice(slice); });
+    if (needs_depthwise_gradient() && !packs_in_time) {
+      ParallelFor(slices_, threads_, [&](int64_t slice, int64_t) {
+        PackSlice(slice, packed + slice * packed_slice_elements_);
+      });
     }
 
     std::vector<WeightSums<T>> sums(slabs_);
@@ -123,7 +129,11 @@ class BackwardLoop {
                                reinterpret_cast<T*>(mine + dx_row_at),
                                reinterpret_cast<SourceRow<T>*>(mine + rows_at),
                                reinterpret_cast<Tap<T>*>(mine + taps_at)};
-      RunTask(task % slices_, task / slices_, sums[task / slices_], scratch);
+      const int64_t slice = task % slices_, slab = task / slices_;
+      T* packed_slice = packs_in_time ? reinterpret_cast<T*>(mine + packed_slice_at)
+                                      : packed + slice * packed_slice_elements_;
+      if (needs_depthwise_gradient() && packs_in_time) PackSlice(slice, packed_slice);
+      RunTask(slice, slab, packed_slice, sums[slab], scratch);
     });
     if (!sums_in_place_) {
       AddSlabs(args_.d_depthwise_kernel, taps * p_.depth, sums, &WeightSums<T>::depthwise_kernel);
@@ -166,8 +176,8 @@ class BackwardLoop {
     slice_channels_ = std::min(p_.depth, RoundUp(CeilDiv(p_.depth, wanted), unit));
     slices_ = CeilDiv(p_.depth, slice_channels_);
     slice_stride_ = p_.TileStride(slice_channels_);
-    packed_slice_elements_ = RoundUp(slice_channels_, p_.kernels.lanes) * p_.filters;
-    packed_elements_ = needs_depthwise_gradient() ? slices_ * packed_slice_elements_ : 0;
+    packed_slice_elements_ =
+        needs_depthwise_gradient() ? RoundUp(slice_channels_, p_.kernels.lanes) * p_.filters : 0;
   }
 
   void PlanSlabs() {
@@ -222,12 +232,12 @@ class BackwardLoop {
   }
 
   // Rows [slice channels] of the transposed pointwise kernel as panels [filter][panel column].
-  void PackSlice(int64_t slice) const {
+  void PackSlice(int64_t slice, T* packed) const {
     const int64_t q_begin = slice * slice_channels_,
                   q_end = std::min(p_.depth, q_begin + slice_channels_);
     const Panels panels(q_end - q_begin, p_.kernels);
     for (int64_t i = 0; i < panels.count(); ++i) {
-      T* panel = packed_ + slice * packed_slice_elements_ + panels.begin(i) * p_.filters;
+      T* panel = packed + panels.begin(i) * p_.filters;
       const S* rows = pointwise_ + (q_begin + panels.begin(i)) * p_.filters;
       const int64_t count = panels.columns(i), width = panels.width(i);
       if constexpr (std::is_same_v<S, T>) {
@@ -246,13 +256,14 @@ class BackwardLoop {
     }
   }
 
-  void RunTask(int64_t slice, int64_t slab, const WeightSums<T>& sums,
+  void RunTask(int64_t slice, int64_t slab, const T* packed, const WeightSums<T>& sums,
                const Scratch& scratch) const {
     const Geometry& g = p_.g;
     Task task{slice * slice_channels_,
               std::min(p_.depth, (slice + 1) * slice_channels_),
               slice == 0,
               true,
+              packed,
               sums,
               scratch,
               InputRows<S>(p_, scratch.staged, scratch.staged_row)};
@@ -284,6 +295,7 @@ class BackwardLoop {
     int64_t q_begin, q_end;
     bool first_slice;  // it also adds up the bias
     bool first_chunk;  // of this task: nothing to add to yet
+    const T* packed;   // its rows of the pointwise kernel, transposed
     WeightSums<T> sums;
     const Scratch& scratch;
     InputRows<S> input;
@@ -346,13 +358,12 @@ class BackwardLoop {
     const T* dz = OutputGradientOf(pixel, pixels, scratch);
     T* d_depthwise = scratch.ring + slot * width * slice_stride_;
     if (needs_depthwise_gradient()) {
-      const T* packed = packed_ + task.q_begin / slice_channels_ * packed_slice_elements_;
       const Panels panels(channels, p_.kernels);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const int64_t q = panels.begin(i);
         p_.kernels.gemm({pixels, p_.filters, panels.columns(i), dz, dz_stride_, 1,
-                         packed + q * p_.filters, panels.width(i), d_depthwise + q, slice_stride_,
-                         nullptr, -kInfinity, kInfinity, false});
+                         task.packed + q * p_.filters, panels.width(i), d_depthwise + q,
+                         slice_stride_, nullptr, -kInfinity, kInfinity, false});
       }
     }
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
@@ -548,12 +559,10 @@ class BackwardLoop {
   int64_t threads_;
   bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false;
   int64_t dz_stride_ = 0;
-  int64_t slices_ = 1, slice_channels_ = 0, slice_stride_ = 0, packed_slice_elements_ = 0,
-          packed_elements_ = 0;
+  int64_t slices_ = 1, slice_channels_ = 0, slice_stride_ = 0, packed_slice_elements_ = 0;
   int64_t slabs_ = 1, bands_ = 1;
   int64_t images_at_once_ = 1, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0, ring_pixels_ = 0;
   std::vector<ColumnPlan> gather_;
-  T* packed_ = nullptr;
   T* dz_ = nullptr;
 };
 
