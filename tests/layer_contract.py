@@ -390,6 +390,28 @@ def test_on_torch_only_inputs_and_what_the_slope_needs_are_saved(activation):
 
 
 @torch_only
+def test_the_legacy_network_on_torch():
+    import torch
+
+    from sepconv.demo import data, pretrained
+
+    stock = pretrained.load_legacy_model(data.emotion_model_path())
+    ours = pretrained.swap_separable_layers(stock, expected=pretrained.SEPARABLE_LAYERS)
+    pretrained.check_kernel(ours)
+    face = torch.from_numpy(data.astronaut_face().pixels)
+    results = []
+    for model in (stock, ours):
+        # Without the softmax, which hides differences.
+        logits = keras.Model(model.inputs, model.layers[-2].output)
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            results.append(to_numpy(logits([face])))
+        calls = [e for e in profile.events() if e.name == "sepconv::forward"]
+        assert len(calls) == (pretrained.SEPARABLE_LAYERS if model is ours else 0)
+    assert results[0].argmax() == pretrained.EMOTIONS.index("happy")
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)
+
+
+@torch_only
 def test_a_compiled_model_on_torch():
     import torch
 

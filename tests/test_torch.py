@@ -671,6 +671,15 @@ def test_vmap_of_the_input_is_one_call(monkeypatch):
     assert calls == ["_run_forward", "_run_backward"]
 
 
+def test_a_tensor_that_left_its_transform_is_taken_as_what_it_holds():
+    left: list[torch.Tensor] = []
+    x, weights = torch.randn(1, 2, 5, 6), [torch.randn(2, 1, 3, 3), torch.randn(3, 2, 1, 1)]
+    torch.func.grad(lambda x: left.append(x) or x.sum())(x)
+    expected = separable_conv2d(x, *weights)
+    for args in (weights, tracked(weights)):
+        torch.testing.assert_close(separable_conv2d(left[0], *args).detach(), expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(use_reentrant):
     function, args, dy = prepared(small_problem(activation="silu", use_bias=True))

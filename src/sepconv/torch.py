@@ -44,6 +44,12 @@ from sepconv.spec import (
 
 __all__ = ["SeparableConv2d", "separable_conv2d", "separable_conv2d_keras", "why_not"]
 
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(
+        "`torch` must be 2.10 or newer: its tensors reach the kernel through the C exchange "
+        f"interface of DLPack. Received: torch.__version__={torch.__version__}"
+    )
+
 Operands: TypeAlias = "Sequence[Tensor | None]"
 Positions: TypeAlias = "tuple[int, ...]"
 TorchPadding: TypeAlias = "str | IntOrPair | Sequence[Sequence[SupportsIndex]]"
@@ -894,6 +900,8 @@ def _is_quiet() -> bool:
 
 
 _PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
+# By a transform of torch.func that has ended.
+_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _are_plain(operands: Operands) -> bool:
@@ -909,7 +917,7 @@ def _are_plain(operands: Operands) -> bool:
             or (tracked and tensor.requires_grad)
         ):
             return False
-    return True
+    return not _is_wrapped(operands[0])
 
 
 def _run_at_once(plan: _Plan, operands: Operands) -> Tensor:
@@ -1010,7 +1018,9 @@ def _backward_below_autograd(
 
 
 def _forward(geometry: Geometry, *operands: Any) -> Tensor:
-    if _is_quiet() or torch._C._are_functorch_transforms_active():
+    if _is_quiet():
+        return _applied(_Forward, geometry, *operands)
+    if torch._C._are_functorch_transforms_active():
         return _Forward.apply(geometry, *operands)
     return torch.ops.sepconv.forward.default(*operands, geometry)
 
@@ -1019,9 +1029,18 @@ def _backward(
     geometry: Geometry, wrt: Positions, dy: Tensor, operands: Operands, y: Tensor | None
 ) -> Sequence[Tensor]:
     """`y` is the output or None; with it, the kernel need not compute it again."""
-    if _is_quiet() or torch._C._are_functorch_transforms_active():
+    if _is_quiet():
+        return _applied(_Backward, geometry, wrt, dy, *operands, y)
+    if torch._C._are_functorch_transforms_active():
         return _Backward.apply(geometry, wrt, dy, *operands, y)
     return torch.ops.sepconv.backward.default(dy, *operands, y, geometry, wrt)
+
+
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """What `function.apply` does outside of transforms, without binding arguments to names."""
+    if any(isinstance(argument, Tensor) and _is_wrapped(argument) for argument in arguments):
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 # -------------------------------------------------------------------------------------- derivatives
