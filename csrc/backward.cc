@@ -237,22 +237,9 @@ class BackwardLoop {
                   q_end = std::min(p_.depth, q_begin + slice_channels_);
     const Panels panels(q_end - q_begin, p_.kernels);
     for (int64_t i = 0; i < panels.count(); ++i) {
-      T* panel = packed + panels.begin(i) * p_.filters;
-      const S* rows = pointwise_ + (q_begin + panels.begin(i)) * p_.filters;
-      const int64_t count = panels.columns(i), width = panels.width(i);
-      if constexpr (std::is_same_v<S, T>) {
-        p_.kernels.pack_transposed(rows, p_.filters, p_.filters, count, width, panel);
-        continue;
-      }
-      for (int64_t f0 = 0; f0 < p_.filters; f0 += kTransposeBlock) {
-        const int64_t f1 = std::min(p_.filters, f0 + kTransposeBlock);
-        for (int64_t c = 0; c < count; ++c) {
-          for (int64_t f = f0; f < f1; ++f) panel[f * width + c] = Widen(rows[c * p_.filters + f]);
-        }
-        for (int64_t c = count; c < width; ++c) {
-          for (int64_t f = f0; f < f1; ++f) panel[f * width + c] = 0;
-        }
-      }
+      PackRowsTransposed<S>(p_.kernels, pointwise_ + (q_begin + panels.begin(i)) * p_.filters,
+                            p_.filters, p_.filters, panels.columns(i), panels.width(i),
+                            packed + panels.begin(i) * p_.filters);
     }
   }
 

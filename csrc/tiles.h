@@ -410,6 +410,25 @@ void PackRows(const Kernels<ComputeType<S>>& kernels, const S* from, int64_t str
   }
 }
 
+// Copies `rows` columns of `count` elements as rows, each zero-filled to `width`.
+template <typename S>
+void PackRowsTransposed(const Kernels<ComputeType<S>>& kernels, const S* from, int64_t stride,
+                        int64_t rows, int64_t count, int64_t width, ComputeType<S>* to) {
+  if constexpr (std::is_same_v<S, ComputeType<S>>) {
+    kernels.pack_transposed(from, stride, rows, count, width, to);
+  } else {
+    for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
+      const int64_t r1 = std::min(rows, r0 + kTransposeBlock);
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = Widen(from[c * stride + r]);
+      }
+      for (int64_t c = count; c < width; ++c) {
+        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = 0;
+      }
+    }
+  }
+}
+
 // Packs rows [k_begin, k_end) of a [depth][columns] matrix, from panel `first_panel` on, as
 // panel[depth][width], zero-filled. Row blocks outside, panels inside: rows are read in the order
 // of memory, where a panel on its own would touch one line of a new page at every step.
