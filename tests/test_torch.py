@@ -459,6 +459,17 @@ def test_the_pair_and_gradients_in_parts_agree_with_the_reference(arguments):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-11)
 
 
+def test_tensors_whose_numbers_are_not_in_memory():
+    weights = torch.randn(4, 1, 3, 3), torch.randn(5, 4, 1, 1)
+    image = torch.randn(1, 4, 6, 6)
+    y = separable_conv2d(image, *weights, padding=1)
+    torch.testing.assert_close(separable_conv2d(torch._neg_view(-image), *weights, padding=1), y)
+    # It has no memory at all.
+    zeros = torch._efficientzerotensor((1, 4, 6, 6))
+    y = separable_conv2d(zeros, *weights, torch.ones(5), padding=1)
+    assert torch.equal(y, torch.ones_like(y))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slopes_at_kinks_are_those_of_the_reference(activation):
     # As the kernel has them, as the pair has them, and as second derivatives see them.

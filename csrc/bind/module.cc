@@ -273,6 +273,8 @@ class CallArrays {
       RaiseValueError(name, "must have " + std::to_string(size) +
                                 " elements. Received: " + std::to_string(view.size));
     }
+    if (size > 0 && view.data == nullptr)
+      RaiseValueError(name, "must have memory. Received: an array without data");
     if (!view.is_dense) RaiseValueError(name, "must be C-contiguous. Received: a strided array");
     if (size > 0 && reinterpret_cast<uintptr_t>(view.data) % alignment != 0) {
       RaiseValueError(name, "must be aligned to its element size. Received: an unaligned array");

@@ -914,6 +914,7 @@ def _are_plain(operands: Operands) -> bool:
         if tensor is not None and (
             type(tensor) not in _PLAIN_TYPES
             or tensor.is_neg()
+            or tensor._is_zerotensor()
             or (tracked and tensor.requires_grad)
         ):
             return False
