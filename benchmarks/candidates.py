@@ -79,7 +79,7 @@ def lax_layer(problem: Problem, x: Any, depthwise: Any, pointwise: Any, bias: An
         x,
         depthwise.reshape(shape),
         (g.stride_height, g.stride_width),
-        _padding(problem),
+        problem.padding,
         rhs_dilation=(g.dilation_height, g.dilation_width),
         dimension_numbers=numbers,
         feature_group_count=g.in_channels,
@@ -114,8 +114,12 @@ def torch_channels_last(problem: Problem, copies: int) -> Candidate:
 def sepconv_torch(problem: Problem, copies: int) -> Candidate:
     import torch
 
+    from sepconv import backends
     from sepconv.torch import separable_conv2d
 
+    reason = backends.why_not(problem.geometry, "float32")
+    if reason is not None:
+        raise RuntimeError(f"sepconv.torch would not run its kernel: {reason}")
     spec = problem.spec
     keywords = {"stride": spec.strides, "padding": spec.padding, "dilation": spec.dilation_rate}
 
@@ -224,26 +228,6 @@ def _keywords(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _padding(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) for libraries that want numbers."""
-    g = problem.geometry
-
-    def both(size: int, out: int, kernel: int, stride: int, dilation: int, first: int) -> tuple:
-        return first, max((out - 1) * stride + (kernel - 1) * dilation + 1 - size - first, 0)
-
-    return (
-        both(
-            g.in_height,
-            g.out_height,
-            g.kernel_height,
-            g.stride_height,
-            g.dilation_height,
-            g.pad_top,
-        ),
-        both(g.in_width, g.out_width, g.kernel_width, g.stride_width, g.dilation_width, g.pad_left),
-    )
-
-
 def _jax(layer: Callable[..., Any], problem: Problem, copies: int) -> Candidate:
     import jax
 
@@ -297,7 +281,7 @@ def _torch_pair(problem: Problem, copies: int, memory_format: Any) -> Candidate:
     import torch
 
     g = problem.geometry
-    (top, bottom), (left, right) = _padding(problem)
+    (top, bottom), (left, right) = problem.padding
     even = top == bottom and left == right
 
     def layer(x: Any, depthwise: Any, pointwise: Any, bias: Any) -> Any:

@@ -64,6 +64,12 @@ class Problem:
     def weights(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.depthwise_kernel, self.pointwise_kernel, self.bias
 
+    @property
+    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)) for libraries that want numbers."""
+        g = self.geometry
+        return self.spec.padding_amounts(g.in_height, g.in_width, (g.kernel_height, g.kernel_width))
+
     def flops(self, job: str) -> int:
         """Of the forward pass; a training step counts as three of it, as is usual."""
         return 2 * self.geometry.macs * (3 if job == "training" else 1)
@@ -96,6 +102,15 @@ def load(batch: int, path: Path | None = None) -> list[Problem]:
     chosen = [by_name[key] for key in SELECTED]
     chosen += [{**by_name[network, name], **changes} for network, name, changes in VARIED]
     return [problem_of(row, batch) for row in chosen]
+
+
+def chosen(batch: int, text: str | None, quick: bool) -> list[Problem]:
+    """Returns the rows whose label holds a text; without one, all, or the quick ones."""
+    return [
+        problem
+        for problem in load(batch)
+        if (text or "") in problem.label and (text or not quick or problem.label in QUICK)
+    ]
 
 
 def problem_of(row: dict[str, Any], batch: int) -> Problem:

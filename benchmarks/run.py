@@ -174,6 +174,21 @@ def add_ratios(rows: list[dict], peaks: Peaks, baseline: str) -> None:
         row["percent_of_sgemm"] = 100 * row["gflops"] / peaks.sgemm
 
 
+def facts_of_run(threads: int, *packages: str) -> dict[str, Any]:
+    import sepconv
+    from sepconv import machine
+
+    return {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "cpu": machine.cpu_name(),
+        "target": sepconv.cpu_target(),
+        "threads": threads,
+        # Of the last minute: times taken beside other work say so.
+        "load": f"{os.getloadavg()[0]:.1f}",
+        **machine.versions(*packages),
+    }
+
+
 def write_csv(path: Path, rows: list[dict], facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -242,12 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     from sepconv import machine
 
     sepconv.set_num_threads(options.threads)
-    chosen = [
-        problem
-        for problem in problems.load(options.batch)
-        if (options.layers or "") in problem.label
-        and (not options.quick or options.layers or problem.label in problems.QUICK)
-    ]
+    chosen = problems.chosen(options.batch, options.layers, options.quick)
     if not chosen:
         sys.exit(f"error: `--layers` fits no row. Received: {options.layers!r}")
     makers = {name: maker for name, maker in candidates.MAKERS.items() if installed(name)}
@@ -269,15 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     facts = {
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "cpu": machine.cpu_name(),
-        "target": sepconv.cpu_target(),
-        "threads": options.threads,
         "batch": options.batch,
         "buffers": options.buffers,
-        # Of the last minute: times taken beside other work say so.
-        "load": f"{os.getloadavg()[0]:.1f}",
-        **machine.versions("sepconv", "numpy", "jax", "jaxlib", "keras", "torch"),
+        **facts_of_run(options.threads, "sepconv", "numpy", "jax", "jaxlib", "keras", "torch"),
     }
     if tensorflow:
         facts["tensorflow"] = tensorflow.version

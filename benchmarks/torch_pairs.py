@@ -14,8 +14,6 @@ shows medians, ratios over them, and their geometric mean.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import statistics
@@ -25,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run import limit_threads
+from run import facts_of_run, limit_threads, write_csv
 
 JOBS = ("forward", "training")
 NAMES = ("sepconv", "pair", "compiled pair")
@@ -69,9 +67,7 @@ def layers_of(problem: Any) -> dict[str, Any]:
         ours.depthwise.weight.copy_(kernel.reshape(ours.depthwise.weight.shape))
         ours.pointwise.weight.copy_(torch.from_numpy(problem.pointwise_kernel).permute(3, 2, 0, 1))
         ours.pointwise.bias.copy_(torch.from_numpy(problem.bias))
-    (top, bottom), (left, right) = problem.spec.padding_amounts(
-        g.in_height, g.in_width, (g.kernel_height, g.kernel_width)
-    )
+    (top, bottom), (left, right) = problem.padding
     even = top == bottom and left == right
     depthwise = nn.Conv2d(
         g.in_channels,
@@ -98,6 +94,9 @@ def calls_of(layer: Any, problem: Any) -> dict[str, Callable[[], Any]]:
         return torch.from_numpy(array).permute(0, 3, 1, 2)  # In memory, that is channels_last.
 
     x, dy = image(problem.x), image(problem.dy)
+    reason = layer.why_not(x) if hasattr(layer, "why_not") else None
+    if reason is not None:
+        raise RuntimeError(f"sepconv.torch would not run its kernel: {reason}")
     operands = [image(problem.x).requires_grad_(), *layer.parameters()]
 
     def forward() -> Any:
@@ -235,7 +234,6 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     import sepconv
-    from sepconv import machine
 
     sepconv.set_num_threads(options.threads)
     torch.set_num_threads(options.threads)
@@ -247,29 +245,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.rounds = min(options.rounds, 3)
     rows: list[dict[str, Any]] = []
     for batch in options.batch or ([1] if options.quick else [1, 8]):
-        for problem in problems.load(batch):
-            if (options.layers or "") not in problem.label:
-                continue
-            if options.quick and not options.layers and problem.label not in problems.QUICK:
-                continue
+        for problem in problems.chosen(batch, options.layers, options.quick):
             rows += measure(problem, options)
     if not rows:
         sys.exit(f"error: `--layers` fits no row. Received: {options.layers!r}")
-    facts = {
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "cpu": machine.cpu_name(),
-        "target": sepconv.cpu_target(),
-        "threads": options.threads,
-        "load": f"{os.getloadavg()[0]:.1f}",
-        **machine.versions("sepconv", "numpy", "torch"),
-    }
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        for row in rows:
-            rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**rounded, **facts})
+    facts = facts_of_run(options.threads, "sepconv", "numpy", "torch")
+    write_csv(options.csv, rows, facts)
     print(f"{facts['cpu']}, {facts['target']}, {options.threads} thread(s), torch {facts['torch']}")
     show(rows)
     print("\none call of a 1x8x8x8 > 8 layer:")
