@@ -1,4 +1,4 @@
-"""Which interpreter runs tests on a backend of Keras, and how it finds this package."""
+"""Runs test files under a backend of Keras, of which there is one per process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,24 @@ def interpreter_with(backend: str) -> str:
     pytest.skip(f"{backend} is not installed")
 
 
-def path_to_the_package(folder: Path) -> str:
-    """A PYTHONPATH that holds nothing else: the other interpreter has packages of its own."""
-    link = folder / "packages"
-    link.mkdir()
-    (link / "sepconv").symlink_to(Path(sepconv.__file__).parent, target_is_directory=True)
-    return str(link)
+def run_tests(backend: str, folder: Path, *files: Path, **environment: str) -> str:
+    """Runs test files in a process of their own under a backend; returns what pytest printed."""
+    python = interpreter_with(backend)
+    # A path that holds nothing else: the other interpreter has packages of its own.
+    packages = folder / "packages"
+    packages.mkdir()
+    (packages / "sepconv").symlink_to(Path(sepconv.__file__).parent, target_is_directory=True)
+    environment = os.environ | {
+        "KERAS_BACKEND": backend,
+        "KERAS_HOME": str(folder),
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": str(packages),
+        **environment,
+    }
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    finished = subprocess.run(
+        [*command, *map(str, files)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stdout[-20_000:] + finished.stderr[-2_000:]
+    return finished.stdout

@@ -207,3 +207,50 @@ def _trimmed(problem: Problem) -> Problem:
             break
         problem = replace(problem, **change)
     return problem
+
+
+# One of each way to differentiate: multilinear, with what surrounds it, with a stage between.
+KINDS: dict[str, dict[str, Any]] = {
+    "multilinear": {},
+    "biases": {"use_bias": True, "use_depthwise_bias": True},
+    "saves-output": {"activation": "tanh", "use_bias": True},
+    "saves-nothing": {"activation": "silu", "input_activation": "gelu", "use_bias": True},
+    "between": {
+        "activation": "sigmoid",
+        "depthwise_activation": "tanh",
+        "use_depthwise_bias": True,
+    },
+}
+
+
+def small_problem(
+    use_bias: bool = False, use_depthwise_bias: bool = False, **arguments: Any
+) -> Problem:
+    return Problem(
+        spec=ConvSpec(strides=(1, 2), padding="same", dilation_rate=(2, 1), **arguments),
+        batch=2,
+        height=3,
+        width=4,
+        channels=2,
+        depth_multiplier=2,
+        kernel_size=(2, 3),
+        filters=3,
+        use_bias=use_bias,
+        use_depthwise_bias=use_depthwise_bias,
+    )
+
+
+def odd_problem(**arguments: Any) -> Problem:
+    """With a kernel that is not square, several multiples, and all biases."""
+    return Problem(
+        spec=ConvSpec(**arguments),
+        batch=2,
+        height=8,
+        width=7,
+        channels=3,
+        depth_multiplier=2,
+        kernel_size=(3, 2),
+        filters=4,
+        use_bias=True,
+        use_depthwise_bias=True,
+    )

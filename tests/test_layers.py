@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from keras_backends import interpreter_with, path_to_the_package
+from keras_backends import run_tests
 
 HERE = Path(__file__).parent
 UNTOUCHED_CONFIG = {
@@ -38,20 +38,7 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("backend", ["jax", "numpy", "torch", "tensorflow"])
 def test_contract(backend, tmp_path):
-    python = interpreter_with(backend)
-    environment = os.environ | {
-        "KERAS_BACKEND": backend,
-        "KERAS_HOME": str(tmp_path),
-        "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PYTHONPATH": path_to_the_package(tmp_path),
-    }
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = subprocess.run(
-        [*command, str(HERE / "layer_contract.py")], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+    run_tests(backend, tmp_path, HERE / "layer_contract.py", JAX_ENABLE_X64="1")
 
 
 def test_a_process_without_sepconv_loads_our_models_as_stock_ones(tmp_path):

@@ -9,13 +9,11 @@ start with their numbers in the checklist. To run some of them by hand:
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from keras_backends import interpreter_with, path_to_the_package
+from keras_backends import run_tests
 
 FILES = sorted((Path(__file__).parent / "tf1_contract").glob("contract_*.py"))
 ITEMS = 111
@@ -23,22 +21,9 @@ ITEMS = 111
 
 @pytest.mark.parametrize("backend", ["jax", "torch", "numpy", "tensorflow"])
 def test_contract(backend, tmp_path):
-    python = interpreter_with(backend)
-    environment = os.environ | {
-        "KERAS_BACKEND": backend,
-        "KERAS_HOME": str(tmp_path),
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        # Code that runs once, on small arrays, is not worth the time to make it fast.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": path_to_the_package(tmp_path),
-    }
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    finished = subprocess.run(
-        [*command, *map(str, FILES)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stdout[-20_000:] + finished.stderr[-2_000:]
-    counts = finished.stdout.strip().splitlines()[-1]
+    # Code that runs once, on small arrays, is not worth the time to make it fast.
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    counts = run_tests(backend, tmp_path, *FILES, **quick).strip().splitlines()[-1]
     assert ("skipped" in counts) == (backend == "numpy"), counts
     print(backend, counts)
 

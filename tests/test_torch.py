@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import Problem, problems
+from strategies import KINDS, Problem, odd_problem, problems, small_problem
 from torch import nn
 
 import sepconv.torch
@@ -37,41 +37,12 @@ OUTSIDE_ACTIVATIONS = {
     "softmax": lambda z: torch.softmax(z, -1),
     "hard_sigmoid": lambda z: torch.clamp(0.2 * z + 0.5, 0.0, 1.0),
 }
-# One of each way to differentiate: multilinear, with what surrounds it, with a stage between.
-KINDS: dict[str, dict[str, Any]] = {
-    "multilinear": {},
-    "biases": {"use_bias": True, "use_depthwise_bias": True},
-    "saves-output": {"activation": "tanh", "use_bias": True},
-    "saves-nothing": {"activation": "silu", "input_activation": "gelu", "use_bias": True},
-    "between": {
-        "activation": "sigmoid",
-        "depthwise_activation": "tanh",
-        "use_depthwise_bias": True,
-    },
-}
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
-
-
-def small_problem(
-    use_bias: bool = False, use_depthwise_bias: bool = False, **arguments: Any
-) -> Problem:
-    return Problem(
-        spec=ConvSpec(strides=(1, 2), padding="same", dilation_rate=(2, 1), **arguments),
-        batch=2,
-        height=3,
-        width=4,
-        channels=2,
-        depth_multiplier=2,
-        kernel_size=(2, 3),
-        filters=3,
-        use_bias=use_bias,
-        use_depthwise_bias=use_depthwise_bias,
-    )
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
@@ -435,18 +406,7 @@ def test_error_in_float32_is_at_most_twice_that_of_torch(memory_format):
     ],
 )
 def test_the_pair_and_gradients_in_parts_agree_with_the_reference(arguments):
-    problem = Problem(
-        spec=ConvSpec(**arguments),
-        batch=2,
-        height=8,
-        width=7,
-        channels=3,
-        depth_multiplier=2,
-        kernel_size=(3, 2),
-        filters=4,
-        use_bias=True,
-        use_depthwise_bias=True,
-    )
+    problem = odd_problem(**arguments)
     g, arrays = problem.geometry, problem.arrays(np.float64)
     _, args, dy = prepared(problem)
     for function in (by_pair(problem), function_of(problem)):
