@@ -80,7 +80,8 @@ class BackwardLoop {
     const int64_t dz_tile_at =
         own.Add(dz_in_place_ || recompute_slope_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
     const int64_t dz_panel_at = own.Add(chunk_pixels_ * p_.kernels.columns, sizeof(T));
-    const int64_t y_row_at = own.Add(dz_in_place_ || recompute_slope_ ? 0 : p_.filters, sizeof(T));
+    const int64_t y_rows_at =
+        own.Add(dz_in_place_ || recompute_slope_ ? 0 : kTransposeBlock * dz_stride_, sizeof(T));
     const int64_t staged_at =
         own.Add(InputRows<S>::StagedElements(p_, g.in_width, slice_channels_), sizeof(T));
     const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
@@ -123,7 +124,7 @@ class BackwardLoop {
                                reinterpret_cast<T*>(mine + tile_at),
                                reinterpret_cast<T*>(mine + dz_tile_at),
                                reinterpret_cast<T*>(mine + dz_panel_at),
-                               reinterpret_cast<T*>(mine + y_row_at),
+                               reinterpret_cast<T*>(mine + y_rows_at),
                                reinterpret_cast<T*>(mine + staged_at),
                                reinterpret_cast<int64_t*>(mine + staged_row_at),
                                reinterpret_cast<T*>(mine + dx_row_at),
@@ -150,7 +151,7 @@ class BackwardLoop {
     T* tile;      // [pixel][slice channel]: D of the chunk
     T* dz_tile;   // [pixel][filter]
     T* dz_panel;  // [pixel][panel column]
-    T* y_row;     // [filter]
+    T* y_rows;    // [pixel of a block][filter]
     T* staged;
     int64_t* staged_row;
     T* dx_row;  // two rows of [column][slice channel]
@@ -237,9 +238,9 @@ class BackwardLoop {
                   q_end = std::min(p_.depth, q_begin + slice_channels_);
     const Panels panels(q_end - q_begin, p_.kernels);
     for (int64_t i = 0; i < panels.count(); ++i) {
-      PackRowsTransposed<S>(p_.kernels, pointwise_ + (q_begin + panels.begin(i)) * p_.filters,
-                            p_.filters, p_.filters, panels.columns(i), panels.width(i),
-                            packed + panels.begin(i) * p_.filters);
+      p_.copies.load_transposed(pointwise_ + (q_begin + panels.begin(i)) * p_.filters, p_.filters,
+                                p_.filters, panels.columns(i), panels.width(i),
+                                packed + panels.begin(i) * p_.filters, panels.width(i));
     }
   }
 
@@ -256,6 +257,7 @@ class BackwardLoop {
               InputRows<S>(p_, scratch.staged, scratch.staged_row)};
     const int64_t channels = task.q_end - task.q_begin;
     task.input.SetStrip(task.q_begin, task.q_end, 0, g.in_width);
+    task.input.Forget();
     for (int64_t tap = 0; sums.depthwise_kernel && tap < g.kernel_height * g.kernel_width; ++tap) {
       std::fill_n(sums.depthwise_kernel + tap * p_.depth + task.q_begin, channels, T(0));
     }
@@ -372,7 +374,8 @@ class BackwardLoop {
       }
       p_.kernels.activate(p_.depthwise_activation(), scratch.tile, pixels, channels, slice_stride_);
     }
-    if (needs_depthwise_gradient()) RoundRows<S>(d_depthwise, pixels, channels, slice_stride_);
+    if (needs_depthwise_gradient())
+      RoundToStorage<S>(p_, d_depthwise, pixels, channels, slice_stride_);
     if (own_pixels == 0) return;
 
     const T* own_gradient = d_depthwise + own_first * slice_stride_;
@@ -391,14 +394,15 @@ class BackwardLoop {
     }
     if (task.sums.pointwise_kernel) {
       T* tile = scratch.tile + own_first * slice_stride_;
-      RoundRows<S>(tile, own_pixels, channels, slice_stride_);
+      RoundToStorage<S>(p_, tile, own_pixels, channels, slice_stride_);
       const Panels panels(p_.filters, p_.kernels);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const int64_t f = panels.begin(i);
         // Packed, the panel is a few pages that all row tiles share; in place, every pixel is a
         // page of its own.
-        PackRows<T>(p_.kernels, dz + own_first * dz_stride_ + f, dz_stride_, own_pixels,
-                    panels.columns(i), panels.width(i), scratch.dz_panel);
+        CopiesOf<T>(p_.target).load(dz + own_first * dz_stride_ + f, dz_stride_, own_pixels,
+                                    panels.columns(i), panels.width(i), scratch.dz_panel,
+                                    panels.width(i));
         p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_,
                          scratch.dz_panel, panels.width(i),
                          task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters,
@@ -418,14 +422,19 @@ class BackwardLoop {
       if (dz_in_place_) return dy_ + pixel * p_.filters;
     }
     if (recompute_slope_) return dz_ + pixel * dz_stride_;
-    LoadPixels(p_.g, dy_, p_.filters, p_.image_pixels, pixel, pixel + pixels, 0, p_.filters,
-               scratch.dz_tile, dz_stride_);
-    if (p_.activation() != Activation::kLinear) {
-      for (int64_t p = 0; p < pixels; ++p) {
-        T* row = scratch.dz_tile + p * dz_stride_;
-        LoadPixels(p_.g, y_, p_.filters, p_.image_pixels, pixel + p, pixel + p + 1, 0, p_.filters,
-                   scratch.y_row, p_.filters);
-        p_.kernels.slope_from_output(p_.activation(), row, scratch.y_row, row, p_.filters);
+    // In blocks, so that the block of y stays in L1.
+    for (int64_t block = 0; block < pixels; block += kTransposeBlock) {
+      const int64_t count = std::min(pixels - block, kTransposeBlock);
+      T* rows = scratch.dz_tile + block * dz_stride_;
+      LoadPixels(p_, dy_, p_.filters, p_.image_pixels, pixel + block, pixel + block + count, 0,
+                 p_.filters, rows, dz_stride_);
+      if (p_.activation() == Activation::kLinear) continue;
+      LoadPixels(p_, y_, p_.filters, p_.image_pixels, pixel + block, pixel + block + count, 0,
+                 p_.filters, scratch.y_rows, dz_stride_);
+      for (int64_t r = 0; r < count; ++r) {
+        p_.kernels.slope_from_output(p_.activation(), rows + r * dz_stride_,
+                                     scratch.y_rows + r * dz_stride_, rows + r * dz_stride_,
+                                     p_.filters);
       }
     }
     return scratch.dz_tile;
@@ -506,7 +515,7 @@ class BackwardLoop {
     }
     if (p_.input_activation() != Activation::kLinear) {
       T* x_row = row + g.in_width * slice_stride_;
-      CopyInputRow(g, p_.x, image, in_row, 0, g.in_width, c_begin, c_begin + channels, 1, x_row,
+      CopyInputRow(p_, image, in_row, 0, g.in_width, c_begin, c_begin + channels, 1, x_row,
                    slice_stride_);
       for (int64_t w = 0; w < g.in_width; ++w) {
         T* pixel = row + w * slice_stride_;
@@ -515,7 +524,7 @@ class BackwardLoop {
       }
     }
     const int64_t first = (image * g.in_height + in_row) * g.in_width;
-    StorePixels(g, row, slice_stride_, dx_, g.in_channels, g.in_height * g.in_width, first,
+    StorePixels(p_, row, slice_stride_, dx_, g.in_channels, g.in_height * g.in_width, first,
                 first + g.in_width, c_begin, channels);
   }
 
@@ -529,8 +538,11 @@ class BackwardLoop {
       for (int64_t i = block * kReductionBlock; i < end; ++i) {
         T sum = (sums[0].*member)[i];
         for (int64_t slab = 1; slab < slabs_; ++slab) sum += (sums[slab].*member)[i];
-        static_cast<S*>(to)[i] = Narrow<S>(sum);
+        (sums[0].*member)[i] = sum;
       }
+      const int64_t begin = block * kReductionBlock;
+      p_.copies.store(sums[0].*member + begin, end - begin, 1, end - begin,
+                      static_cast<S*>(to) + begin, end - begin);
     });
   }
 

@@ -70,6 +70,7 @@ class ForwardLoop {
     direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
     staged_columns_ = g.in_width;
     strip_ = StripChannels();
+    keeps_rows_ = strip_ == p_.depth && tile_pixels_ >= g.out_width;
   }
 
   void Run() {
@@ -94,12 +95,19 @@ class ForwardLoop {
     if (!packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
         const int64_t k = task * kTransposeBlock;
-        PackPanels<S>(p_.kernels, pointwise_, p_.depth, p_.filters, k,
+        PackPanels<S>(p_.copies, pointwise_, p_.depth, p_.filters, k,
                       std::min(p_.depth, k + kTransposeBlock), panels_, first_packed_, packed_);
       });
     }
+    const auto memory_of = [&](int64_t worker) {
+      return memory + shared.bytes() + worker * own.bytes();
+    };
+    for (int64_t worker = 0; keeps_rows_ && worker < threads_; ++worker) {
+      auto* staged_row = reinterpret_cast<int64_t*>(memory_of(worker) + staged_row_at);
+      InputRows<S>(p_, nullptr, staged_row).Forget();
+    }
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
-      char* mine = memory + shared.bytes() + worker * own.bytes();
+      char* mine = memory_of(worker);
       const Scratch scratch = {reinterpret_cast<T*>(mine + packed_panel_at),
                                reinterpret_cast<T*>(mine + tile_at),
                                reinterpret_cast<T*>(mine + panel_at),
@@ -142,8 +150,8 @@ class ForwardLoop {
     InputRows<S> input(p_, scratch.staged, scratch.staged_row);
     // A tile inside one row stages only the columns that it reads.
     int64_t column_begin = 0, column_end = g.in_width;
-    const int64_t first = begin % g.out_width;
-    if (first + (end - begin) <= g.out_width) {
+    if (const int64_t first = begin % g.out_width;
+        !keeps_rows_ && first + (end - begin) <= g.out_width) {
       const int64_t reach = (g.kernel_width - 1) * g.dilation_width;
       column_begin = std::clamp<int64_t>(first * g.stride_width - g.pad_left, 0, g.in_width);
       column_end =
@@ -153,6 +161,7 @@ class ForwardLoop {
     for (int64_t q = 0; q < p_.depth; q += strip_) {
       const int64_t q_end = std::min(p_.depth, q + strip_);
       input.SetStrip(q, q_end, column_begin, column_end);
+      if (!keeps_rows_) input.Forget();
       for (int64_t pixel = begin; pixel < end;) {
         const int64_t row = pixel / g.out_width, column = pixel % g.out_width;
         const int64_t count = std::min(end - pixel, g.out_width - column);
@@ -166,7 +175,7 @@ class ForwardLoop {
       p_.kernels.activate(p_.depthwise_activation(), scratch.tile, end - begin, p_.depth,
                           depth_stride_);
     }
-    RoundRows<S>(scratch.tile, end - begin, p_.depth, depth_stride_);
+    RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
   }
 
   void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
@@ -183,8 +192,8 @@ class ForwardLoop {
       int64_t b_stride = panels_.width(panel);
       const S* ahead = nullptr;
       if (packs_in_time_) {
-        PackRows<S>(p_.kernels, pointwise_ + column, p_.filters, p_.depth, count, b_stride,
-                    scratch.packed_panel);
+        p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
+                       scratch.packed_panel, b_stride);
         b = scratch.packed_panel;
         if (panel + 1 < panel_end) ahead = pointwise_ + panels_.begin(panel + 1);
       } else if (panel >= first_packed_) {
@@ -211,7 +220,7 @@ class ForwardLoop {
         p_.kernels.activate(activation, out, pixels, count, out_stride);
       }
       if (gradient_.dz) {
-        LoadPixels(p_.g, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
+        LoadPixels(p_, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
                    scratch.gradient, columns_);
         for (int64_t p = 0; p < pixels; ++p) {
           p_.kernels.slope_from_input(
@@ -219,7 +228,7 @@ class ForwardLoop {
               gradient_.dz + (begin + p) * gradient_.stride + column, count);
         }
       } else if (!direct_y_) {
-        StorePixels(p_.g, out, out_stride, y_, p_.filters, p_.image_pixels, begin, end, column,
+        StorePixels(p_, out, out_stride, y_, p_.filters, p_.image_pixels, begin, end, column,
                     count);
       }
     }
@@ -235,7 +244,8 @@ class ForwardLoop {
   int64_t threads_;
   int64_t first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1, depth_stride_ = 0,
           staged_columns_ = 0, strip_ = 0;
-  bool direct_y_ = false, packs_in_time_ = false;
+  // keeps_rows_: what one tile staged, the next ones of the same worker find again.
+  bool direct_y_ = false, packs_in_time_ = false, keeps_rows_ = false;
   T* packed_ = nullptr;
 };
 

@@ -2,6 +2,7 @@
 // including file has included simd.h and defined `kTuning`. No checks here: the loops hand over
 // whole tiles and tails.
 
+#include "copies-inl.h"
 #include "math-inl.h"
 
 // Every third row of A has its own pointer: one addressing mode reaches base, base + s and base + 2
@@ -364,56 +365,6 @@ void GradientTimesSlopeFromOutput(Activation activation, const T* gradient, cons
   ElementwiseFor<T, SlopeFromOutputOp>(activation)(y, gradient, out, count);
 }
 
-template <typename T>
-void Pack(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width, T* to) {
-  constexpr int kL = kLanes<T>;
-  const int64_t whole = count / kL * kL;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < whole; c += kL) Store(to + c, Load(from + c));
-    if (whole < count) Store(to + whole, LoadFirst(from + whole, static_cast<int>(count - whole)));
-    for (int64_t c = (count + kL - 1) / kL * kL; c < width; c += kL) Store(to + c, Vec<T>{});
-    from += stride;
-    to += width;
-  }
-}
-
-// A square of as many vectors as a vector has lanes: log2(lanes) perfect shuffles of all elements.
-template <typename T>
-SEPCONV_INLINE void TransposeSquare(Vec<T> (&square)[kLanes<T>]) {
-  constexpr int kL = kLanes<T>;
-#pragma GCC unroll 4
-  for (int step = 1; step < kL; step *= 2) {
-    Vec<T> shuffled[kL];
-#pragma GCC unroll 8
-    for (int i = 0; i < kL / 2; ++i) {
-      shuffled[2 * i] = Interleave<false, T>(square[i], square[i + kL / 2]);
-      shuffled[2 * i + 1] = Interleave<true, T>(square[i], square[i + kL / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) square[i] = shuffled[i];
-  }
-}
-
-template <typename T>
-void PackTransposed(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
-                    T* to) {
-  constexpr int kL = kLanes<T>;
-  for (int64_t r = 0; r < rows; r += kL) {
-    const int num_rows = static_cast<int>(rows - r < kL ? rows - r : kL);
-    for (int64_t c = 0; c < width; c += kL) {
-      Vec<T> square[kL];
-      for (int i = 0; i < kL; ++i) {
-        const T* line = from + (c + i) * stride + r;
-        square[i] = c + i >= count   ? Vec<T>{}
-                    : num_rows == kL ? Load(line)
-                                     : LoadFirst(line, num_rows);
-      }
-      TransposeSquare<T>(square);
-      for (int i = 0; i < num_rows; ++i) Store(to + (r + i) * width + c, square[i]);
-    }
-  }
-}
-
 template <typename T, int kVectors, bool kWhole>
 SEPCONV_INLINE void AddColumnSumsOf(const T* data, int64_t rows, int64_t stride, int count,
                                     T* sums) {
@@ -474,9 +425,18 @@ constexpr Kernels<T> MakeKernels() {
           ActivateRows<T>,
           GradientTimesSlopeFromInput<T>,
           GradientTimesSlopeFromOutput<T>,
-          Pack<T>,
-          PackTransposed<T>,
           AddColumnSums<T>,
           FmaChains<T>,
           2 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<T>};
+}
+
+constexpr Target MakeTarget(const char* name, bool (*runs_here)()) {
+  return {name,
+          runs_here,
+          MakeKernels<float>(),
+          MakeKernels<double>(),
+          MakeCopies<float>(),
+          MakeCopies<double>(),
+          MakeCopies<BFloat16>(),
+          MakeCopies<Float16>()};
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "sepconv.h"
+#include "storage.h"
 
 namespace sepconv {
 
@@ -69,15 +70,30 @@ struct Kernels {
   // any of the inputs.
   void (*slope_from_input)(Activation, const T* gradient, const T* z, T* out, int64_t count);
   void (*slope_from_output)(Activation, const T* gradient, const T* y, T* out, int64_t count);
-  // to[r][c] = from[r * stride + c] for c < count, zero up to `width`, a whole number of vectors.
-  void (*pack)(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width, T* to);
-  // to[r][c] = from[c * stride + r], likewise.
-  void (*pack_transposed)(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
-                          T* to);
   void (*add_column_sums)(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums);
   void (*fma_chains)(int64_t steps,
                      T* result);  // `fma_chain_flops` floating-point operations a step
   int64_t fma_chain_flops;
+};
+
+// Rows from the storage type S to the compute type, and back.
+template <typename S>
+struct RowCopies {
+  using T = ComputeType<S>;
+  // to[r * to_stride + c] = from[r * stride + c] for c < count, and zero for count <= c < width.
+  void (*load)(const S* from, int64_t stride, int64_t rows, int64_t count, int64_t width, T* to,
+               int64_t to_stride);
+  // to[r * to_stride + c] = from[c * stride + r], likewise.
+  void (*load_transposed)(const S* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
+                          T* to, int64_t to_stride);
+  // to[r * to_stride + c] = from[r * stride + c]
+  void (*store)(const T* from, int64_t stride, int64_t rows, int64_t count, S* to,
+                int64_t to_stride);
+  // to[c * to_stride + r] = from[r * stride + c]
+  void (*store_transposed)(const T* from, int64_t stride, int64_t rows, int64_t count, S* to,
+                           int64_t to_stride);
+  // data[r * stride + c] as if it had been stored and loaded again.
+  void (*round)(T* data, int64_t rows, int64_t count, int64_t stride);
 };
 
 struct Target {
@@ -85,6 +101,10 @@ struct Target {
   bool (*runs_here)();
   Kernels<float> f32;
   Kernels<double> f64;
+  RowCopies<float> copies_f32;
+  RowCopies<double> copies_f64;
+  RowCopies<BFloat16> copies_bf16;
+  RowCopies<Float16> copies_f16;
 };
 
 // The target in force; reading it is one atomic load.
@@ -99,6 +119,25 @@ inline const Kernels<float>& KernelsOf<float>(const Target& target) {
 template <>
 inline const Kernels<double>& KernelsOf<double>(const Target& target) {
   return target.f64;
+}
+
+template <typename S>
+const RowCopies<S>& CopiesOf(const Target& target);
+template <>
+inline const RowCopies<float>& CopiesOf<float>(const Target& target) {
+  return target.copies_f32;
+}
+template <>
+inline const RowCopies<double>& CopiesOf<double>(const Target& target) {
+  return target.copies_f64;
+}
+template <>
+inline const RowCopies<BFloat16>& CopiesOf<BFloat16>(const Target& target) {
+  return target.copies_bf16;
+}
+template <>
+inline const RowCopies<Float16>& CopiesOf<Float16>(const Target& target) {
+  return target.copies_f16;
 }
 
 }  // namespace sepconv

@@ -134,21 +134,140 @@ SEPCONV_INLINE void MultiplyAdd(V& sum, V a, V b) {
 }
 #endif
 
-// The lanes of both in turn, a0 b0 a1 b1 ...: the lower halves of a and b, or the upper ones.
-template <bool kUpper, typename T, size_t... I>
+// Units of kUnit lanes of both in turn, a0 b0 a1 b1 ..., taken from the lower or the upper half of
+// every span of kSpan lanes.
+template <bool kUpper, int kUnit, int kSpan, int kLane>
+inline constexpr int kInterleaved = kLane / kSpan * kSpan + (kUpper ? kSpan / 2 : 0) +
+                                    kLane % kSpan / kUnit / 2 * kUnit + kLane % kUnit;
+template <bool kUpper, int kUnit, int kSpan, typename T, size_t... I>
 SEPCONV_INLINE Vec<T> InterleaveLanes(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
-  constexpr int kL = kLanes<T>, kFirst = kUpper ? kL / 2 : 0;
+  constexpr int kL = kLanes<T>;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (kFirst + static_cast<int>(I) / 2 + (I % 2) * kL)...);
+  return __builtin_shufflevector(
+      a, b, (kInterleaved<kUpper, kUnit, kSpan, I> + static_cast<int>(I) / kUnit % 2 * kL)...);
 #else
   // What GCC before 12 knows.
   using Mask = typename VectorOf<T>::mask;
-  return __builtin_shuffle(a, b, Mask{(kFirst + static_cast<int>(I) / 2 + (I % 2) * kL)...});
+  return __builtin_shuffle(
+      a, b,
+      Mask{(kInterleaved<kUpper, kUnit, kSpan, I> + static_cast<int>(I) / kUnit % 2 * kL)...});
 #endif
 }
-template <bool kUpper, typename T>
+template <bool kUpper, int kUnit, int kSpan, typename T>
 SEPCONV_INLINE Vec<T> Interleave(Vec<T> a, Vec<T> b) {
-  return InterleaveLanes<kUpper, T>(a, b, std::make_index_sequence<kLanes<T>>());
+  return InterleaveLanes<kUpper, kUnit, kSpan, T>(a, b, std::make_index_sequence<kLanes<T>>());
+}
+
+// The 16-bit storage types: the low half of every 32-bit lane.
+typedef uint32_t Bits32 __attribute__((vector_size(SEPCONV_VECTOR_BYTES)));
+typedef uint16_t Bits16 __attribute__((vector_size(SEPCONV_VECTOR_BYTES / 2)));
+typedef uint16_t UnalignedBits16
+    __attribute__((vector_size(SEPCONV_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+// Vector forms of Widen and Narrow in storage.h, which says what they do.
+template <typename S>
+SEPCONV_INLINE Vec<float> WidenLanes(Bits16 stored);
+template <>
+SEPCONV_INLINE Vec<float> WidenLanes<BFloat16>(Bits16 stored) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(stored, Bits32) << 16);
+}
+template <typename S>
+SEPCONV_INLINE Bits16 NarrowLanes(Vec<float> value);
+template <>
+SEPCONV_INLINE Bits16 NarrowLanes<BFloat16>(Vec<float> value) {
+  const Bits32 bits = reinterpret_cast<Bits32>(value);
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(Select(value != value, (bits >> 16) | 0x40u, rounded), Bits16);
+}
+#if defined(SEPCONV_SIMD_AVX512)
+// With all lanes in the mask, because GCC 12 warns of an uninitialized value in the plain ones.
+template <>
+SEPCONV_INLINE Vec<float> WidenLanes<Float16>(Bits16 stored) {
+  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(stored));
+}
+template <>
+SEPCONV_INLINE Bits16 NarrowLanes<Float16>(Vec<float> value) {
+  return reinterpret_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(SEPCONV_SIMD_AVX2)
+template <>
+SEPCONV_INLINE Vec<float> WidenLanes<Float16>(Bits16 stored) {
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(stored));
+}
+template <>
+SEPCONV_INLINE Bits16 NarrowLanes<Float16>(Vec<float> value) {
+  return reinterpret_cast<Bits16>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <>
+SEPCONV_INLINE Vec<float> WidenLanes<Float16>(Bits16 stored) {
+  const Bits32 bits = __builtin_convertvector(stored, Bits32);
+  const Bits32 sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  const Vec<float> scaled = reinterpret_cast<Vec<float>>(magnitude << 13) * 0x1p112f;
+  const Bits32 infinite = (magnitude << 13) | 0x7f800000u;
+  return reinterpret_cast<Vec<float>>(
+      sign | Select(magnitude >= 0x7c00u, infinite, reinterpret_cast<Bits32>(scaled)));
+}
+template <>
+SEPCONV_INLINE Bits16 NarrowLanes<Float16>(Vec<float> value) {
+  const Bits32 bits = reinterpret_cast<Bits32>(value);
+  const Bits32 sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const Vec<float> aligned = reinterpret_cast<Vec<float>>(magnitude) + 0.5f;
+  const Bits32 subnormal = reinterpret_cast<Bits32>(aligned) - 0x3f000000u;
+  const Bits32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const Bits32 none = {};
+  Bits32 half = Select(magnitude < 0x38800000u, subnormal, normal);
+  half = Select(magnitude >= 0x477ff000u, none + 0x7c00u, half);
+  half = Select(magnitude > 0x7f800000u, none + 0x7e00u, half);
+  return __builtin_convertvector(sign | half, Bits16);
+}
+#endif
+
+// Vectors of the compute type from and to memory of the storage type.
+SEPCONV_INLINE Vec<float> LoadStored(const float* from) { return Load(from); }
+SEPCONV_INLINE Vec<double> LoadStored(const double* from) { return Load(from); }
+template <typename S>
+SEPCONV_INLINE Vec<float> LoadStored(const S* from) {
+  return WidenLanes<S>(*reinterpret_cast<const UnalignedBits16*>(from));
+}
+SEPCONV_INLINE void StoreStored(float* to, Vec<float> value) { Store(to, value); }
+SEPCONV_INLINE void StoreStored(double* to, Vec<double> value) { Store(to, value); }
+template <typename S>
+SEPCONV_INLINE void StoreStored(S* to, Vec<float> value) {
+  *reinterpret_cast<UnalignedBits16*>(to) = NarrowLanes<S>(value);
+}
+SEPCONV_INLINE Vec<float> LoadStoredFirst(const float* from, int count) {
+  return LoadFirst(from, count);
+}
+SEPCONV_INLINE Vec<double> LoadStoredFirst(const double* from, int count) {
+  return LoadFirst(from, count);
+}
+template <typename S>
+SEPCONV_INLINE Vec<float> LoadStoredFirst(const S* from, int count) {
+  Bits16 stored = {};
+  std::memcpy(&stored, from, static_cast<size_t>(count) * sizeof(S));
+  return WidenLanes<S>(stored);
+}
+SEPCONV_INLINE void StoreStoredFirst(float* to, int count, Vec<float> value) {
+  StoreFirst(to, count, value);
+}
+SEPCONV_INLINE void StoreStoredFirst(double* to, int count, Vec<double> value) {
+  StoreFirst(to, count, value);
+}
+template <typename S>
+SEPCONV_INLINE void StoreStoredFirst(S* to, int count, Vec<float> value) {
+  const Bits16 stored = NarrowLanes<S>(value);
+  std::memcpy(to, &stored, static_cast<size_t>(count) * sizeof(S));
+}
+
+// To the storage type and back.
+template <typename S>
+SEPCONV_INLINE Vec<ComputeType<S>> Rounded(Vec<ComputeType<S>> value) {
+  if constexpr (std::is_same_v<S, ComputeType<S>>) {
+    return value;
+  } else {
+    return WidenLanes<S>(NarrowLanes<S>(value));
+  }
 }
 
 // Either a whole vector or its first lanes, decided at compile time.

@@ -1,10 +1,14 @@
-// AVX2 with FMA: x86 since Haswell and Zen.
+// AVX2 with FMA and half-precision conversions: x86 since Haswell and Zen.
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -12,10 +16,10 @@
 #include "tuning.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace sepconv::avx2 {
@@ -38,11 +42,15 @@ static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 
 namespace sepconv {
 namespace {
-bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool RunsHere() {
+  // Older compilers do not know f16c by name.
+  unsigned int eax, ebx, ecx, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 }  // namespace
 
-const Target kAvx2Target = {"avx2", RunsHere, avx2::MakeKernels<float>(),
-                            avx2::MakeKernels<double>()};
+const Target kAvx2Target = avx2::MakeTarget("avx2", RunsHere);
 
 }  // namespace sepconv
 #endif

@@ -2,9 +2,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -45,8 +48,7 @@ bool RunsHere() {
 }
 }  // namespace
 
-const Target kAvx512Target = {"avx512", RunsHere, avx512::MakeKernels<float>(),
-                              avx512::MakeKernels<double>()};
+const Target kAvx512Target = avx512::MakeTarget("avx512", RunsHere);
 
 }  // namespace sepconv
 #endif

@@ -4,9 +4,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -42,9 +45,7 @@ namespace {
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace
 
-const Target kEmulatedAvx512Target = {"emulated_avx512", RunsHere,
-                                      emulated_avx512::MakeKernels<float>(),
-                                      emulated_avx512::MakeKernels<double>()};
+const Target kEmulatedAvx512Target = emulated_avx512::MakeTarget("emulated_avx512", RunsHere);
 
 }  // namespace sepconv
 #endif

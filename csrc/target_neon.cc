@@ -1,8 +1,11 @@
 // NEON is part of every aarch64 CPU: no target region is needed.
 #if defined(__aarch64__)
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -25,8 +28,7 @@ namespace {
 bool RunsHere() { return true; }
 }  // namespace
 
-const Target kNeonTarget = {"neon", RunsHere, neon::MakeKernels<float>(),
-                            neon::MakeKernels<double>()};
+const Target kNeonTarget = neon::MakeTarget("neon", RunsHere);
 
 }  // namespace sepconv
 #endif

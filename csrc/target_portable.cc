@@ -1,7 +1,10 @@
 // What the compiler takes for granted on this platform: SSE2 on x86-64.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -24,7 +27,6 @@ namespace {
 bool RunsHere() { return true; }
 }  // namespace
 
-const Target kPortableTarget = {"portable", RunsHere, portable::MakeKernels<float>(),
-                                portable::MakeKernels<double>()};
+const Target kPortableTarget = portable::MakeTarget("portable", RunsHere);
 
 }  // namespace sepconv

@@ -94,7 +94,9 @@ struct Problem {
 
   Problem(const Geometry& geometry, const void* x_data, const void* depthwise_bias_data)
       : g(geometry),
-        kernels(KernelsOf<T>(CurrentTargetTable())),
+        target(CurrentTargetTable()),
+        kernels(KernelsOf<T>(target)),
+        copies(CopiesOf<S>(target)),
         depth(geometry.depthwise_channels()),
         filters(geometry.out_channels),
         image_pixels(geometry.out_height * geometry.out_width),
@@ -128,7 +130,9 @@ struct Problem {
   }
 
   const Geometry& g;
+  const Target& target;  // one for the whole call
   const Kernels<T>& kernels;
+  const RowCopies<S>& copies;
   const int64_t depth, filters, image_pixels, pixels;
   const S* x;
   const S* depthwise_bias_stored;
@@ -154,19 +158,19 @@ class WidenedWeights {
       : taps_(problem.g.kernel_height * problem.g.kernel_width * problem.depth),
         buffer_(std::is_same_v<S, T> ? 0 : (taps_ + problem.depth + problem.filters) * sizeof(T)) {
     T* to = buffer_.template As<T>();
-    problem.depthwise_kernel = Widened(depthwise_kernel, taps_, to);
-    problem.depthwise_bias = Widened(depthwise_bias, problem.depth, to + taps_);
-    problem.bias = Widened(bias, problem.filters, to + taps_ + problem.depth);
+    problem.depthwise_kernel = Widened(problem.copies, depthwise_kernel, taps_, to);
+    problem.depthwise_bias = Widened(problem.copies, depthwise_bias, problem.depth, to + taps_);
+    problem.bias = Widened(problem.copies, bias, problem.filters, to + taps_ + problem.depth);
   }
 
  private:
-  static const T* Widened(const void* stored, int64_t count, T* to) {
+  static const T* Widened(const RowCopies<S>& copies, const void* stored, int64_t count, T* to) {
     if (!stored) return nullptr;
     const S* from = static_cast<const S*>(stored);
     if constexpr (std::is_same_v<S, T>) {
       return from;
     } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = Widen(from[i]);
+      copies.load(from, count, 1, count, count, to, count);
       return to;
     }
   }
@@ -174,31 +178,37 @@ class WidenedWeights {
   Buffer buffer_;
 };
 
-// Copies columns [column_begin, column_end) of channels [c_begin, c_end) of one input row, each
-// channel `multiplier` times, to out[column][channel]; q_begin is the first depthwise channel
-// wanted.
+// Copies columns [column_begin, column_end) of one input row, each channel `multiplier` times, to
+// out[column][depthwise channel]; the depthwise channels are [q_begin, q_end).
 template <typename S>
-void CopyInputRow(const Geometry& g, const S* x, int64_t image, int64_t row, int64_t column_begin,
+void CopyInputRow(const Problem<S>& p, int64_t image, int64_t row, int64_t column_begin,
                   int64_t column_end, int64_t q_begin, int64_t q_end, int64_t multiplier,
                   ComputeType<S>* out, int64_t out_stride) {
-  if (g.channels_first()) {
-    for (int64_t q = q_begin; q < q_end; ++q) {
-      const S* from =
-          x + ((image * g.in_channels + q / multiplier) * g.in_height + row) * g.in_width;
-      auto* to = out + (q - q_begin);
-      for (int64_t w = column_begin; w < column_end; ++w)
-        to[(w - column_begin) * out_stride] = Widen(from[w]);
+  const Geometry& g = p.g;
+  const int64_t columns = column_end - column_begin, channels = q_end - q_begin;
+  const int64_t channel_stride = g.channels_first() ? g.in_height * g.in_width : 1;
+  const int64_t column_stride = g.channels_first() ? 1 : g.in_channels;
+  const S* from = p.x + image * g.in_height * g.in_width * g.in_channels +
+                  (row * g.in_width + column_begin) * column_stride +
+                  q_begin / multiplier * channel_stride;
+  if (multiplier == 1) {
+    if (g.channels_first()) {
+      p.copies.load_transposed(from, channel_stride, columns, channels, channels, out, out_stride);
+    } else {
+      p.copies.load(from, column_stride, columns, channels, channels, out, out_stride);
     }
     return;
   }
-  const S* from = x + ((image * g.in_height + row) * g.in_width + column_begin) * g.in_channels;
-  for (int64_t w = column_begin; w < column_end; ++w) {
-    if (multiplier == 1) {
-      for (int64_t q = q_begin; q < q_end; ++q) out[q - q_begin] = Widen(from[q]);
-    } else {
-      for (int64_t q = q_begin; q < q_end; ++q) out[q - q_begin] = Widen(from[q / multiplier]);
+  for (int64_t w = 0; w < columns; ++w) {
+    const S* channel = from;
+    for (int64_t q = 0, m = q_begin % multiplier; q < channels; ++q) {
+      out[q] = Widen(*channel);
+      if (++m == multiplier) {
+        m = 0;
+        channel += channel_stride;
+      }
     }
-    from += g.in_channels;
+    from += column_stride;
     out += out_stride;
   }
 }
@@ -226,8 +236,9 @@ class InputRows {
     q_end_ = q_end;
     column_begin_ = column_begin;
     column_end_ = column_end;
-    if (!p_.rows_in_place) std::fill_n(staged_row_, NumSlots(p_), -1);
   }
+  // The staging memory holds nothing of the present strip yet.
+  void Forget() { std::fill_n(staged_row_, NumSlots(p_), -1); }
 
   int64_t column_stride() const { return p_.rows_in_place ? p_.g.in_channels : q_end_ - q_begin_; }
 
@@ -253,8 +264,8 @@ class InputRows {
     T* data = staged_ + slot * columns * channels;
     if (staged_row_[slot] != tag) {
       staged_row_[slot] = tag;
-      CopyInputRow(g, p_.x, image, row, column_begin_, column_end_, q_begin_, q_end_,
-                   g.depth_multiplier, data, channels);
+      CopyInputRow(p_, image, row, column_begin_, column_end_, q_begin_, q_end_, g.depth_multiplier,
+                   data, channels);
       if (p_.input_activation() != Activation::kLinear) {
         p_.kernels.activate(p_.input_activation(), data, 1, columns * channels, columns * channels);
       }
@@ -288,84 +299,57 @@ void DepthwiseRow(const Problem<S>& p, InputRows<S>& input, int64_t image, int64
 
 // Rounds to the storage type and back, where an unfused network would store the value.
 template <typename S>
-void RoundRows(ComputeType<S>* data, int64_t rows, int64_t columns, int64_t stride) {
-  if constexpr (!std::is_same_v<S, ComputeType<S>>) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c)
-        data[r * stride + c] = Widen(Narrow<S>(data[r * stride + c]));
-    }
-  }
+void RoundToStorage(const Problem<S>& p, ComputeType<S>* data, int64_t rows, int64_t columns,
+                    int64_t stride) {
+  if constexpr (!std::is_same_v<S, ComputeType<S>>) p.copies.round(data, rows, columns, stride);
 }
 
 // Pixels [begin, end) of a flattened [batch][height][width] x channels tensor, either layout, cut
-// at images. Calls run(pointer to the first pixel and channel, pixels, pixel stride, channel
-// stride, index of the first pixel).
+// at images. Calls run(pointer to the first pixel and channel, pixels, index of the first pixel).
 template <typename Pointer, typename Run>
 void ForEachImagePart(const Geometry& g, Pointer data, int64_t channels, int64_t image_pixels,
                       int64_t begin, int64_t end, int64_t channel, Run&& run) {
-  if (!g.channels_first())
-    return run(data + begin * channels + channel, end - begin, channels, int64_t{1}, int64_t{0});
+  if (!g.channels_first()) return run(data + begin * channels + channel, end - begin, int64_t{0});
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t image = pixel / image_pixels, within = pixel % image_pixels;
     const int64_t count = std::min(end - pixel, image_pixels - within);
-    run(data + (image * channels + channel) * image_pixels + within, count, int64_t{1},
-        image_pixels, pixel - begin);
+    run(data + (image * channels + channel) * image_pixels + within, count, pixel - begin);
     pixel += count;
   }
 }
 
-// Reads [begin, end) x [channel, channel + count) of y or dy into out[pixel][channel].
+// Reads [begin, end) x [channel, channel + count) of a tensor into out[pixel][channel].
 template <typename S>
-void LoadPixels(const Geometry& g, const S* data, int64_t channels, int64_t image_pixels,
+void LoadPixels(const Problem<S>& p, const S* data, int64_t channels, int64_t image_pixels,
                 int64_t begin, int64_t end, int64_t channel, int64_t count, ComputeType<S>* out,
                 int64_t out_stride) {
-  ForEachImagePart(g, data, channels, image_pixels, begin, end, channel,
-                   [&](const S* from, int64_t pixels, int64_t pixel_stride, int64_t channel_stride,
-                       int64_t first) {
+  ForEachImagePart(p.g, data, channels, image_pixels, begin, end, channel,
+                   [&](const S* from, int64_t pixels, int64_t first) {
                      auto* to = out + first * out_stride;
-                     for (int64_t p0 = 0; p0 < pixels; p0 += kTransposeBlock) {
-                       const int64_t p1 = std::min(pixels, p0 + kTransposeBlock);
-                       if (channel_stride == 1) {
-                         for (int64_t p = p0; p < p1; ++p) {
-                           for (int64_t c = 0; c < count; ++c)
-                             to[p * out_stride + c] = Widen(from[p * pixel_stride + c]);
-                         }
-                       } else {
-                         for (int64_t c = 0; c < count; ++c) {
-                           for (int64_t p = p0; p < p1; ++p)
-                             to[p * out_stride + c] = Widen(from[c * channel_stride + p]);
-                         }
-                       }
+                     if (p.g.channels_first()) {
+                       p.copies.load_transposed(from, image_pixels, pixels, count, count, to,
+                                                out_stride);
+                     } else {
+                       p.copies.load(from, channels, pixels, count, count, to, out_stride);
                      }
                    });
 }
 
 // The reverse: writes from[pixel][channel].
 template <typename S>
-void StorePixels(const Geometry& g, const ComputeType<S>* from, int64_t from_stride, S* data,
+void StorePixels(const Problem<S>& p, const ComputeType<S>* from, int64_t from_stride, S* data,
                  int64_t channels, int64_t image_pixels, int64_t begin, int64_t end,
                  int64_t channel, int64_t count) {
-  ForEachImagePart(
-      g, data, channels, image_pixels, begin, end, channel,
-      [&](S* to, int64_t pixels, int64_t pixel_stride, int64_t channel_stride, int64_t first) {
-        const auto* source = from + first * from_stride;
-        for (int64_t p0 = 0; p0 < pixels; p0 += kTransposeBlock) {
-          const int64_t p1 = std::min(pixels, p0 + kTransposeBlock);
-          if (channel_stride == 1) {
-            for (int64_t p = p0; p < p1; ++p) {
-              for (int64_t c = 0; c < count; ++c) {
-                to[p * pixel_stride + c] = Narrow<S>(source[p * from_stride + c]);
-              }
-            }
-          } else {
-            for (int64_t c = 0; c < count; ++c) {
-              for (int64_t p = p0; p < p1; ++p) {
-                to[c * channel_stride + p] = Narrow<S>(source[p * from_stride + c]);
-              }
-            }
-          }
-        }
-      });
+  ForEachImagePart(p.g, data, channels, image_pixels, begin, end, channel,
+                   [&](S* to, int64_t pixels, int64_t first) {
+                     const auto* source = from + first * from_stride;
+                     if (p.g.channels_first()) {
+                       p.copies.store_transposed(source, from_stride, pixels, count, to,
+                                                 image_pixels);
+                     } else {
+                       p.copies.store(source, from_stride, pixels, count, to, channels);
+                     }
+                   });
 }
 
 // Columns cut into panels of nearly equal numbers of whole vectors, none wider than a micro-kernel:
@@ -394,53 +378,18 @@ class Panels {
   int64_t columns_ = 0, lanes_ = 1, vectors_ = 0, count_ = 1;
 };
 
-// Copies `rows` rows of `count` elements next to each other, each zero-filled to `width`.
-template <typename S>
-void PackRows(const Kernels<ComputeType<S>>& kernels, const S* from, int64_t stride, int64_t rows,
-              int64_t count, int64_t width, ComputeType<S>* to) {
-  if constexpr (std::is_same_v<S, ComputeType<S>>) {
-    kernels.pack(from, stride, rows, count, width, to);
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < count; ++c) to[c] = Widen(from[c]);
-      for (int64_t c = count; c < width; ++c) to[c] = 0;
-      from += stride;
-      to += width;
-    }
-  }
-}
-
-// Copies `rows` columns of `count` elements as rows, each zero-filled to `width`.
-template <typename S>
-void PackRowsTransposed(const Kernels<ComputeType<S>>& kernels, const S* from, int64_t stride,
-                        int64_t rows, int64_t count, int64_t width, ComputeType<S>* to) {
-  if constexpr (std::is_same_v<S, ComputeType<S>>) {
-    kernels.pack_transposed(from, stride, rows, count, width, to);
-  } else {
-    for (int64_t r0 = 0; r0 < rows; r0 += kTransposeBlock) {
-      const int64_t r1 = std::min(rows, r0 + kTransposeBlock);
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = Widen(from[c * stride + r]);
-      }
-      for (int64_t c = count; c < width; ++c) {
-        for (int64_t r = r0; r < r1; ++r) to[r * width + c] = 0;
-      }
-    }
-  }
-}
-
 // Packs rows [k_begin, k_end) of a [depth][columns] matrix, from panel `first_panel` on, as
 // panel[depth][width], zero-filled. Row blocks outside, panels inside: rows are read in the order
 // of memory, where a panel on its own would touch one line of a new page at every step.
 template <typename S>
-void PackPanels(const Kernels<ComputeType<S>>& kernels, const S* matrix, int64_t depth,
-                int64_t stride, int64_t k_begin, int64_t k_end, const Panels& panels,
-                int64_t first_panel, ComputeType<S>* packed) {
+void PackPanels(const RowCopies<S>& copies, const S* matrix, int64_t depth, int64_t stride,
+                int64_t k_begin, int64_t k_end, const Panels& panels, int64_t first_panel,
+                ComputeType<S>* packed) {
   for (int64_t panel = first_panel; panel < panels.count(); ++panel) {
     const int64_t column = panels.begin(panel), count = panels.columns(panel),
                   width = panels.width(panel);
-    PackRows<S>(kernels, matrix + k_begin * stride + column, stride, k_end - k_begin, count, width,
-                packed + (column - panels.begin(first_panel)) * depth + k_begin * width);
+    copies.load(matrix + k_begin * stride + column, stride, k_end - k_begin, count, width,
+                packed + (column - panels.begin(first_panel)) * depth + k_begin * width, width);
   }
 }
 
