@@ -352,7 +352,8 @@ class BackwardLoop {
         const int64_t q = panels.begin(i);
         p_.kernels.gemm({pixels, p_.filters, panels.columns(i), dz, dz_stride_, 1,
                          task.packed + q * p_.filters, panels.width(i), d_depthwise + q,
-                         slice_stride_, nullptr, -kInfinity, kInfinity, false});
+                         slice_stride_, nullptr, -kInfinity, kInfinity, false, nullptr, 0, 0,
+                         i == 0 && dz_in_place_});
       }
     }
     const bool slope = p_.depthwise_activation() != Activation::kLinear;

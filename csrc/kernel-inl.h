@@ -142,11 +142,19 @@ void GemmPanel(const GemmArgs<T>& g) {
   constexpr auto kRowCounts = std::make_index_sequence<kRows>();
   const T* a = g.a;
   T* c = g.c;
+  const int64_t row_bytes = g.depth * static_cast<int64_t>(sizeof(T));
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = small + (tile < larger);
     // The first four tiles fetch a quarter of the rows each.
     const char* ahead =
         g.ahead && tile < 4 ? g.ahead + tile * (g.depth / 4) * g.ahead_stride : nullptr;
+    if (!kUnitRows && g.fetch_rows && tile + kFetchTiles < tiles) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* row = a + (kFetchTiles * rows + r) * g.a_row_stride;
+        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLineBytes)
+          __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+      }
+    }
     MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c, ahead);
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;

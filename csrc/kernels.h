@@ -28,6 +28,7 @@ struct GemmArgs {
   // Rows to fetch into L2 meanwhile, as many as `depth`, each as wide as a panel; null: none.
   const char* ahead = nullptr;
   int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
+  bool fetch_rows = false;                        // A comes from memory: fetch its next rows too
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
