@@ -60,6 +60,20 @@ class BackwardLoop {
     PlanColumns();
   }
 
+  Plan plan() const {
+    return {{"threads", threads_},
+            {"channel_slices", slices_},
+            {"slice_channels", slice_channels_},
+            {"slabs", slabs_},
+            {"bands_per_image", bands_},
+            {"chunk_images", images_at_once_},
+            {"chunk_rows", chunk_rows_},
+            {"chunk_pixels", chunk_pixels_},
+            {"output_recomputed", recompute_slope_},
+            {"output_gradient_in_place", dz_in_place_},
+            {"input_in_place", p_.rows_in_place}};
+  }
+
   void Run() {
     const Geometry& g = p_.g;
     const int64_t taps = g.kernel_height * g.kernel_width;
@@ -595,6 +609,24 @@ void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
     case DType::kFloat16:
       return BackwardLoop<Float16>(geometry, args).Run();
   }
+}
+
+Plan PlanBackward(const Geometry& geometry, DType dtype) {
+  if (geometry.pixels() == 0) return {};
+  BackwardArgs args = {};
+  // Nobody reads it: it says that there is one.
+  args.y = &geometry;
+  switch (dtype) {
+    case DType::kFloat32:
+      return BackwardLoop<float>(geometry, args).plan();
+    case DType::kFloat64:
+      return BackwardLoop<double>(geometry, args).plan();
+    case DType::kBFloat16:
+      return BackwardLoop<BFloat16>(geometry, args).plan();
+    case DType::kFloat16:
+      return BackwardLoop<Float16>(geometry, args).plan();
+  }
+  return {};
 }
 
 }  // namespace sepconv

@@ -73,6 +73,21 @@ class ForwardLoop {
     keeps_rows_ = strip_ == p_.depth && tile_pixels_ >= g.out_width;
   }
 
+  Plan plan() const {
+    const int64_t packed = panels_.count() - first_packed_;
+    return {{"threads", threads_},
+            {"tiles", tiles_},
+            {"tile_pixels", tile_pixels_},
+            {"filter_parts", parts_},
+            {"panels", panels_.count()},
+            {"panel_filters", panels_.width(panels_.count() - 1)},
+            {"panels_packed_before", packs_in_time_ ? 0 : packed},
+            {"panels_packed_in_time", packs_in_time_ ? packed : 0},
+            {"input_in_place", p_.rows_in_place},
+            {"strip_channels", strip_},
+            {"output_in_place", direct_y_}};
+  }
+
   void Run() {
     Layout64 shared;
     const int64_t packed_at = shared.Add(
@@ -272,6 +287,21 @@ void Forward(const Geometry& geometry, DType dtype, const ForwardArgs& args) {
     case DType::kFloat16:
       return RunForward<Float16>(geometry, args, {});
   }
+}
+
+Plan PlanForward(const Geometry& geometry, DType dtype) {
+  if (geometry.pixels() == 0) return {};
+  switch (dtype) {
+    case DType::kFloat32:
+      return ForwardLoop<float>(geometry, {}, {}).plan();
+    case DType::kFloat64:
+      return ForwardLoop<double>(geometry, {}, {}).plan();
+    case DType::kBFloat16:
+      return ForwardLoop<BFloat16>(geometry, {}, {}).plan();
+    case DType::kFloat16:
+      return ForwardLoop<Float16>(geometry, {}, {}).plan();
+  }
+  return {};
 }
 
 }  // namespace sepconv

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace sepconv {
@@ -129,6 +130,12 @@ void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args);
 // True when the slope of the activation follows from its output, so that saving `y` spares
 // recomputing it.
 bool SlopeFollowsFromOutput(Activation activation);
+
+// How a call is cut into work: names and values of what the loops decide from the geometry, the
+// target and the number of threads. Empty for an output without pixels.
+using Plan = std::vector<std::pair<const char*, int64_t>>;
+Plan PlanForward(const Geometry& geometry, DType dtype);
+Plan PlanBackward(const Geometry& geometry, DType dtype);  // of all gradients, y given
 
 // Threads used by a call; 0 restores the default (OMP_NUM_THREADS, else the CPUs this process may
 // use).

@@ -25,6 +25,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -384,6 +385,23 @@ nb::dict PyTileConstants(const char* dtype_name) {
   return result;
 }
 
+nb::dict PyPlan(const std::vector<int64_t>& numbers, const char* dtype_name, bool backward) {
+  const DType dtype = DTypeOfName(dtype_name);
+  if (numbers.size() != kNumGeometryFields) {
+    RaiseValueError("geometry", "must have " + std::to_string(kNumGeometryFields) +
+                                    " integers. Received: " + std::to_string(numbers.size()));
+  }
+  Geometry geometry;
+  std::memcpy(&geometry, numbers.data(), sizeof(geometry));
+  const std::string problem = Validate(geometry, dtype, nullptr);
+  if (!problem.empty()) throw nb::value_error(problem.c_str());
+  nb::dict result;
+  for (const auto& [name, value] :
+       backward ? PlanBackward(geometry, dtype) : PlanForward(geometry, dtype))
+    result[name] = value;
+  return result;
+}
+
 double PyFmaPeakGflops(const char* dtype_name) {
   const DType dtype = DTypeOfName(dtype_name);
   nb::gil_scoped_release release;
@@ -439,6 +457,7 @@ NB_MODULE(_native, module) {
   module.def("available_targets", [] { return TupleOfStrings(AvailableTargets()); });
   module.def("set_target", &PySetTarget, nb::arg("name"));
   module.def("tile_constants", &PyTileConstants, nb::arg("dtype_name"));
+  module.def("plan", &PyPlan, nb::arg("geometry"), nb::arg("dtype_name"), nb::arg("backward"));
   module.def("fma_peak_gflops", &PyFmaPeakGflops, nb::arg("dtype_name") = "float32");
 
 #ifdef SEPCONV_WITH_XLA

@@ -3,14 +3,22 @@
     y = activation(pointwise(depthwise(x)) + bias)
 
 The operation itself lives behind one door per framework, imported by name: `sepconv.numpy`,
-`sepconv.jax`, `sepconv.keras`. This module imports none of them.
+`sepconv.jax`, `sepconv.torch`, `sepconv.keras`. This module imports none of them.
 """
 
 import operator
 
+from sepconv.plans import explain
 from sepconv.spec import ConvSpec
 
-__all__ = ["ConvSpec", "__version__", "cpu_target", "get_num_threads", "set_num_threads"]
+__all__ = [
+    "ConvSpec",
+    "__version__",
+    "cpu_target",
+    "explain",
+    "get_num_threads",
+    "set_num_threads",
+]
 
 
 def set_num_threads(num_threads: int) -> None:
