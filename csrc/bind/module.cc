@@ -26,6 +26,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -292,6 +293,40 @@ class CallArrays {
   int num_outputs_ = 0;
 };
 
+// Calls that have released the GIL, and whether the interpreter ends; read and written by those who
+// hold it. A thread that asks for the GIL of an interpreter that ends is ended there and then, and
+// its C++ frames would abort the process: so the end waits for these calls, and a later call keeps
+// the GIL.
+int64_t calls_without_gil = 0;
+bool interpreter_ends = false;
+
+class ReleasedGil {
+ public:
+  ReleasedGil() {
+    if (interpreter_ends) return;
+    ++calls_without_gil;
+    state_ = PyEval_SaveThread();
+  }
+  ~ReleasedGil() {
+    if (state_ == nullptr) return;
+    PyEval_RestoreThread(state_);
+    --calls_without_gil;
+  }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
+void AwaitCalls() {
+  interpreter_ends = true;
+  while (calls_without_gil > 0) {
+    nb::gil_scoped_release release;
+    usleep(1000);
+  }
+}
+
 void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
                nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
                nb::handle y, int64_t dtype) {
@@ -308,7 +343,7 @@ void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
       arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
   args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
   args.y = arrays.Output("y", y, sizes.y);
-  nb::gil_scoped_release release;
+  const ReleasedGil released;
   Forward(g, arrays.dtype(), args);
 }
 
@@ -339,7 +374,7 @@ void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle dep
   args.d_depthwise_bias = arrays.BiasGradient("d_depthwise_bias", d_depthwise_bias,
                                               g.has_depthwise_bias, sizes.depthwise_bias);
   args.d_bias = arrays.BiasGradient("d_bias", d_bias, g.has_bias, sizes.bias);
-  nb::gil_scoped_release release;
+  const ReleasedGil released;
   Backward(g, arrays.dtype(), args);
 }
 
@@ -404,7 +439,7 @@ nb::dict PyPlan(const std::vector<int64_t>& numbers, const char* dtype_name, boo
 
 double PyFmaPeakGflops(const char* dtype_name) {
   const DType dtype = DTypeOfName(dtype_name);
-  nb::gil_scoped_release release;
+  const ReleasedGil released;
   return FmaPeakGflops(dtype);
 }
 
@@ -419,6 +454,10 @@ bool PySlopeFollowsFromOutput(int64_t code) {
 }  // namespace
 
 NB_MODULE(_native, module) {
+  // Without this, CPython 3.11 would let the module in, and its objects would be shared.
+  if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) {
+    throw nb::import_error("`sepconv._native` runs in the main interpreter only");
+  }
   const char* forced_target = std::getenv("SEPCONV_TARGET");
   if (forced_target && *forced_target && !SetTarget(forced_target)) {
     std::string message = "`SEPCONV_TARGET` must name a target that this CPU runs:";
@@ -426,6 +465,11 @@ NB_MODULE(_native, module) {
     message.append(". Received: SEPCONV_TARGET=").append(forced_target);
     throw nb::import_error(message.c_str());
   }
+
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&AwaitCalls));
+  // A forked child has none of the other threads and their calls.
+  nb::module_::import_("os").attr("register_at_fork")(
+      nb::arg("after_in_child") = nb::cpp_function([] { calls_without_gil = 0; }));
 
   module.doc() =
       "The native core of sepconv; not public. The doors check their arguments and call it.";
