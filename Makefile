@@ -6,6 +6,10 @@ PYTHON ?= python3
 JOBS ?= 2
 # ON turns compiler warnings into errors.
 WERROR ?= OFF
+# Compilers of cpp-sanitize; that of cpp-fuzz needs libFuzzer.
+SANITIZE_CXX ?= g++ clang++
+FUZZ_CXX ?= clang++
+FUZZ_SECONDS ?= 600
 
 VENV := .venv
 ORACLE := .venv-oracle
@@ -20,7 +24,8 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 # The side-by-side tests start the original layer with this interpreter.
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
-.PHONY: help demo test pytest cpp-test cpp-sanitize lint format bench clean distclean
+.PHONY: help demo test pytest cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
+  lint format bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -29,9 +34,13 @@ help:
 	@echo "make test          all tests, C++ and Python"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite files the way lint wants them"
-	@echo "make bench         measure every door against its framework's own layer"
+	@echo "make bench         time every door against the frameworks: reports/bench/index.html"
+	@echo "make bench-peers   the same on all layers against all inference engines as well (hours)"
 	@echo "make cpp-test      the C++ test of the core alone"
 	@echo "make cpp-sanitize  the same under the address, undefined-behaviour and thread sanitizers"
+	@echo "make cpp-fuzz      any bytes as a call of the core, for FUZZ_SECONDS (needs clang)"
+	@echo "make cpp-valgrind  the C++ test under valgrind"
+	@echo "make cross-aarch64 the C++ test built for aarch64, under qemu (needs a cross compiler)"
 	@echo "make clean         remove builds, caches and reports (distclean: environments too)"
 
 demo: $(VENV)/stamp-package
@@ -45,14 +54,48 @@ pytest: $(VENV)/stamp-dev $(VENV)/stamp-package $(ORACLE)/stamp
 cpp-test: $(VENV)/stamp-package
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
+# The core and its C++ test, without Python: $(call CONFIGURE_CORE,folder) and further definitions.
+CONFIGURE_CORE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S . -B $(1) \
+  -DSEPCONV_BUILD_MODULE=OFF -DSEPCONV_BUILD_TESTS=ON -DSEPCONV_WERROR=$(WERROR)
+
+# Optimised little: the sanitizers' code for the widest kernels compiles for a quarter of an hour
+# otherwise.
+SANITIZED = -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+
 cpp-sanitize: $(VENV)/stamp-build
-	for sanitizer in address,undefined thread; do \
-	  $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S . -B build/$$sanitizer \
-	    -DSEPCONV_BUILD_MODULE=OFF -DSEPCONV_BUILD_TESTS=ON -DSEPCONV_SANITIZE=$$sanitizer \
-	    -DSEPCONV_WERROR=$(WERROR) && \
-	  $(BIN)/cmake --build build/$$sanitizer && \
-	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; \
-	done
+	for compiler in $(SANITIZE_CXX); do for sanitizer in address,undefined thread; do \
+	  folder=build/$$compiler-$$sanitizer && \
+	  $(call CONFIGURE_CORE,$$folder) $(SANITIZED) -DCMAKE_CXX_COMPILER=$$compiler \
+	    -DSEPCONV_SANITIZE=$$sanitizer && \
+	  $(BIN)/cmake --build $$folder && \
+	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done; done
+
+# Where rows of an image without pixels outgrow memory, the answer must be an error, not an abort.
+cpp-fuzz: $(VENV)/stamp-build
+	$(call CONFIGURE_CORE,build/fuzz) $(SANITIZED) -DSEPCONV_BUILD_TESTS=OFF \
+	  -DSEPCONV_BUILD_FUZZ=ON -DSEPCONV_SANITIZE=address,undefined -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	$(BIN)/cmake --build build/fuzz
+	mkdir -p build/fuzz/corpus
+	ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=1024 \
+	  build/fuzz/core_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=256 -timeout=60 \
+	  -rss_limit_mb=6000 -malloc_limit_mb=2000 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus csrc/fuzz/seeds
+
+# A forked child is without the threads of its parent and so without the owners of their memory,
+# which counts as leaked.
+cpp-valgrind: $(VENV)/stamp-build
+	$(call CONFIGURE_CORE,build/valgrind) -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build build/valgrind
+	valgrind --error-exitcode=9 --fair-sched=yes --leak-check=full \
+	  --errors-for-leak-kinds=definite build/valgrind/core_test --without-fork
+
+# qemu-user 7.2 aborts when the forked child of a program with threads starts threads.
+cross-aarch64: $(VENV)/stamp-build
+	$(call CONFIGURE_CORE,build/aarch64) -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/core_test --without-fork
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .
@@ -66,7 +109,10 @@ format: $(VENV)/stamp-dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/stamp-dev $(VENV)/stamp-package $(ORACLE)/stamp
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/sepconv bench $(BENCH_ARGS)
+
+bench-peers: $(VENV)/stamp-bench $(VENV)/stamp-package $(ORACLE)/stamp
+	$(BIN)/sepconv bench --network all --peer all $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist reports .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/stamp-package
@@ -97,6 +143,10 @@ $(VENV)/stamp-torch: requirements/torch.txt $(VENV)/stamp-venv
 
 $(VENV)/stamp-dev: requirements/dev.txt $(VENV)/stamp-torch $(VENV)/stamp-demo
 	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
+	touch $@
+
+$(VENV)/stamp-bench: requirements/bench.txt $(VENV)/stamp-dev
+	$(BIN)/python $(PIP_INSTALL) -r requirements/bench.txt
 	touch $@
 
 # Not isolated: the pinned build tools are in the environment already, and the build folder stays, so

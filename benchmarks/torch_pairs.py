@@ -1,14 +1,11 @@
-"""Times `sepconv.torch` against a pair of `Conv2d` in the channels_last memory format.
+"""The cost of a call of `sepconv.torch`, and its memory in training, against pairs of `Conv2d`.
 
-    python benchmarks/torch_pairs.py                  one thread, batch 1 and 8
-    python benchmarks/torch_pairs.py --quick          three layers, batch 1, fewer rounds
-    python benchmarks/torch_pairs.py --layers "19x19" --batch 8
-    python benchmarks/torch_pairs.py --memory         the middle flow of Xception, as well
+    python benchmarks/torch_pairs.py                  both, one thread
+    python benchmarks/torch_pairs.py --threads 2
 
-Forward pass without gradients, and training step: forward pass with the gradients of the input, of
-both weights and of the bias. The pair runs eagerly and compiled by `torch.compile`. Before anything
-is timed, every result is compared with that of the eager pair. Candidates take turns; the table
-shows medians, ratios over them, and their geometric mean.
+The call computes next to nothing: its time is that of the way to the kernel. Memory is the peak of
+a training step of the middle flow of Xception, each side in a process of its own. Times of layers
+are what `sepconv bench --peer torch` measures.
 """
 
 from __future__ import annotations
@@ -19,155 +16,19 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run import facts_of_run, limit_threads, write_csv
-
-JOBS = ("forward", "training")
-NAMES = ("sepconv", "pair", "compiled pair")
+NAMES = ("sepconv", "pair")
 OURS = NAMES[0]
 MIDDLE_FLOW_LAYERS, MIDDLE_FLOW_BATCH = 24, 8
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", help='only rows whose label holds this text, as "19x19"')
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--eager", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--memory", action="store_true", help="measure the middle flow as well")
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/torch_pairs.csv"))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--middle-flow", choices=NAMES[:2], help=argparse.SUPPRESS)
+    parser.add_argument("--middle-flow", choices=NAMES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def layers_of(problem: Any) -> dict[str, Any]:
-    """The layer as our module, and as two convolutions with the same weights."""
-    import torch
-    from torch import nn
-
-    from sepconv.torch import SeparableConv2d
-
-    g = problem.geometry
-    ours = SeparableConv2d(
-        g.in_channels,
-        g.out_channels,
-        (g.kernel_height, g.kernel_width),
-        problem.spec.strides,
-        problem.spec.padding,
-        problem.spec.dilation_rate,
-        g.depth_multiplier,
-    )
-    with torch.no_grad():
-        kernel = torch.from_numpy(problem.depthwise_kernel).permute(2, 3, 0, 1)
-        ours.depthwise.weight.copy_(kernel.reshape(ours.depthwise.weight.shape))
-        ours.pointwise.weight.copy_(torch.from_numpy(problem.pointwise_kernel).permute(3, 2, 0, 1))
-        ours.pointwise.bias.copy_(torch.from_numpy(problem.bias))
-    (top, bottom), (left, right) = problem.padding
-    even = top == bottom and left == right
-    depthwise = nn.Conv2d(
-        g.in_channels,
-        g.depthwise_channels,
-        (g.kernel_height, g.kernel_width),
-        problem.spec.strides,
-        (top, left) if even else 0,
-        problem.spec.dilation_rate,
-        groups=g.in_channels,
-        bias=False,
-    )
-    pair = nn.Sequential(depthwise, nn.Conv2d(g.depthwise_channels, g.out_channels, 1))
-    if not even:
-        pair.insert(0, nn.ZeroPad2d((left, right, top, bottom)))
-    both = nn.ModuleDict({"depthwise": depthwise, "pointwise": pair[-1]})
-    both.load_state_dict(ours.state_dict())
-    return {OURS: ours, NAMES[1]: pair.to(memory_format=torch.channels_last)}
-
-
-def calls_of(layer: Any, problem: Any) -> dict[str, Callable[[], Any]]:
-    import torch
-
-    def image(array: Any) -> Any:
-        return torch.from_numpy(array).permute(0, 3, 1, 2)  # In memory, that is channels_last.
-
-    x, dy = image(problem.x), image(problem.dy)
-    reason = layer.why_not(x) if hasattr(layer, "why_not") else None
-    if reason is not None:
-        raise RuntimeError(f"sepconv.torch would not run its kernel: {reason}")
-    operands = [image(problem.x).requires_grad_(), *layer.parameters()]
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return [layer(x)]
-
-    def training() -> Any:
-        y = layer(operands[0])
-        return [y, *torch.autograd.grad(y, operands, dy)]
-
-    return {"forward": forward, "training": training}
-
-
-def check(ours: list[Any], theirs: list[Any], what: str) -> None:
-    import torch
-
-    for one, other in zip(ours, theirs, strict=True):
-        scale = float(other.detach().abs().max())
-        if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * scale):
-            difference = float((one - other).detach().abs().max())
-            raise RuntimeError(f"{what}: results differ by {difference} of {scale}")
-
-
-def measure(problem: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    import torch
-
-    from sepconv import timing
-
-    layers = layers_of(problem)
-    if not options.eager:
-        torch.compiler.reset()
-        layers[NAMES[2]] = torch.compile(layers[NAMES[1]], fullgraph=True, dynamic=False)
-    rows = []
-    calls = {name: calls_of(layer, problem) for name, layer in layers.items()}
-    for job in JOBS:
-        expected = calls[NAMES[1]][job]()
-        for name in layers:
-            check(calls[name][job](), expected, f"{name}, {job} of {problem.label}")
-        blocks = {name: timing.block_of(call[job]) for name, call in calls.items()}
-        times = timing.interleaved(blocks, rounds=options.rounds)
-        rows += [
-            {
-                "network": problem.network,
-                "layer": problem.layer,
-                "label": problem.label,
-                "batch": problem.geometry.batch,
-                "job": job,
-                "candidate": name,
-                "median_us": result.median * 1e6,
-                "quartile1_us": result.low * 1e6,
-                "quartile3_us": result.high * 1e6,
-                "ratio_to_ours": result.median / times[OURS].median,
-            }
-            for name, result in times.items()
-        ]
-    return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    for batch, job in dict.fromkeys((row["batch"], row["job"]) for row in rows):
-        here = [row for row in rows if (row["batch"], row["job"]) == (batch, job)]
-        names = list(dict.fromkeys(row["candidate"] for row in here))
-        print(f"\n{job}, batch {batch}" + " " * 12 + "".join(f"{name:>24}" for name in names))
-        for label in dict.fromkeys(row["label"] for row in here):
-            cells = [row for row in here if row["label"] == label]
-            texts = [f"{row['median_us']:.0f} us {row['ratio_to_ours']:.2f}x" for row in cells]
-            print(f"{label:28}" + "".join(f"{text:>24}" for text in texts))
-        for name in names[1:]:
-            ratios = [row["ratio_to_ours"] for row in here if row["candidate"] == name]
-            mean, least = statistics.geometric_mean(ratios), min(ratios)
-            print(f"{name} / sepconv: geometric mean {mean:.2f}x, least {least:.2f}x")
 
 
 def overhead() -> dict[str, float]:
@@ -228,47 +89,43 @@ def middle_flow(name: str) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    limit_threads(options.threads)
 
-    import problems
+    from sepconv.bench.workers import pinned
+
+    # Before torch looks at the machine.
+    with pinned(options.threads):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     import torch
 
     import sepconv
+    from sepconv import machine
 
     sepconv.set_num_threads(options.threads)
     torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(False)
     if options.middle_flow:
         print(json.dumps(middle_flow(options.middle_flow)))
         return
-    if options.quick:
-        options.rounds = min(options.rounds, 3)
-    rows: list[dict[str, Any]] = []
-    for batch in options.batch or ([1] if options.quick else [1, 8]):
-        for problem in problems.chosen(batch, options.layers, options.quick):
-            rows += measure(problem, options)
-    if not rows:
-        sys.exit(f"error: `--layers` fits no row. Received: {options.layers!r}")
-    facts = facts_of_run(options.threads, "sepconv", "numpy", "torch")
-    write_csv(options.csv, rows, facts)
-    print(f"{facts['cpu']}, {facts['target']}, {options.threads} thread(s), torch {facts['torch']}")
-    show(rows)
+    print(
+        f"{machine.cpu_name()}, {sepconv.cpu_target()}, {options.threads} thread(s), "
+        f"torch {torch.__version__}"
+    )
     print("\none call of a 1x8x8x8 > 8 layer:")
     for name, microseconds in overhead().items():
         print(f"{name:28}{microseconds:.1f} us")
-    if options.memory:
-        print(f"\n{MIDDLE_FLOW_LAYERS} layers 19x19 728>728, batch {MIDDLE_FLOW_BATCH}, training:")
-        for name in NAMES[:2]:
-            command = [sys.executable, __file__, "--middle-flow", name]
-            command += ["--threads", str(options.threads)]
-            # A fixed threshold: by itself, glibc soon stops to give freed images back.
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-            out = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-            ).stdout
-            result = json.loads(out)
-            print(f"{name:28}{result['seconds']:.2f} s, peak {result['peak_mib']:.0f} MiB")
-    print(f"CSV: {options.csv}")
+    print(f"\n{MIDDLE_FLOW_LAYERS} layers 19x19 728>728, batch {MIDDLE_FLOW_BATCH}, training:")
+    for name in NAMES:
+        command = [sys.executable, __file__, "--middle-flow", name]
+        command += ["--threads", str(options.threads)]
+        # A fixed threshold: by itself, glibc soon stops to give freed images back.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        result = json.loads(done.stdout)
+        print(f"{name:28}{result['seconds']:.2f} s, peak {result['peak_mib']:.0f} MiB")
 
 
 if __name__ == "__main__":

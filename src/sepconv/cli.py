@@ -80,6 +80,114 @@ def demo(
         run(out, Console())
 
 
+@app.command()
+def bench(
+    context: typer.Context,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="All layers of this network; 'all' for every network. Repeatable."),
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A layer in the free form 147x147x64-128k3s1d1 (m: depth multiplier, v at the "
+            "end: valid padding), or text in the sizes or the name of published ones. Repeatable."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three layers, three rounds.")] = False,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="inference or training; both if left out.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images; 1 if left out.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="CPUs that everyone may use; 1 if left out.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16; float32 if left out.")
+    ] = None,
+    data_format: Annotated[
+        str, typer.Option(help="channels_last or channels_first, where there is a choice.")
+    ] = "channels_last",
+    buffers: Annotated[
+        str,
+        typer.Option(help="warm: one input; fresh: inputs in turn, twice the last-level cache."),
+    ] = "warm",
+    door: Annotated[
+        list[str] | None,
+        typer.Option(help="Our doors; ratios refer to the first. All if left out."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Who else: a name, 'keras', 'all' or 'none'; the usual if left out."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often everyone has a turn.")] = 10,
+    turn_seconds: Annotated[
+        float, typer.Option(help="No further turns, after three, once so much time is used up.")
+    ] = 10.0,
+    tensorflow_python: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SEPCONV_ORACLE_PYTHON", help="Interpreter that has TensorFlow; else this one."
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the plan and the limit of each row and stop.")
+    ] = False,
+    report_from: Annotated[
+        list[Path] | None,
+        typer.Option(help="Measure nothing: tables and page of this CSV. Repeatable."),
+    ] = None,
+    csv: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
+        "reports/bench/bench.csv"
+    ),
+    page: Annotated[
+        Path, typer.Option(help="Where the page with the plots goes: .html or .md.")
+    ] = Path("reports/bench/index.html"),
+) -> None:
+    """Time every door against every peer on layers of published networks; write a report."""
+    with _plain_errors(context):
+        from sepconv.bench.candidates import DOORS, USUAL_PEERS, choose
+
+        try:
+            from sepconv.bench.command import explain_rows, measure_and_report, report
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                f"The benchmark needs the package {error.name}. Run: pip install 'sepconv[bench]'"
+            ) from None
+        from sepconv.bench.problems import MODES
+        from sepconv.bench.results import read_csv
+        from sepconv.bench.rows import choose_rows
+        from sepconv.bench.run import Plan
+
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=200)
+        if report_from:
+            runs = [read_csv(path) for path in report_from]
+            sources = "".join(f" --report-from {path}" for path in report_from)
+            command = f"sepconv bench{sources} --page {page}"
+            report(runs, console, page, door=door[0] if door else None, command=command)
+            return
+        peers = () if peer == ["none"] else peer or USUAL_PEERS
+        plan = Plan(
+            rows=choose_rows(network or (), row or (), quick=quick),
+            candidates=choose(door or DOORS, peers),
+            batches=batch or (1,),
+            modes=mode or MODES,
+            threads=threads or (1,),
+            dtypes=dtype or ("float32",),
+            data_format=data_format,
+            buffers=buffers,
+            rounds=min(rounds, 3) if quick else rounds,
+            turn_seconds=turn_seconds,
+            tensorflow_python=tensorflow_python,
+        )
+        if explain:
+            explain_rows(plan, console)
+        else:
+            measure_and_report(plan, console, csv, page, door=door[0] if door else None)
+
+
 def main() -> None:
     """Runs the command with the arguments of the process."""
     app()

@@ -1,0 +1,57 @@
+"""The NumPy door."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from sepconv import backends, set_num_threads
+from sepconv.bench.engines import Ready, UnableError
+from sepconv.bench.problems import DTYPES, MODES, Problem
+
+PACKAGES = ("sepconv", "numpy")
+
+
+def limit_threads(threads: int) -> None:
+    """Limits the kernels."""
+    set_num_threads(threads)
+
+
+def forget() -> None:
+    """Nothing is kept."""
+
+
+def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -> Ready:
+    """Makes the door ready; see `sepconv.bench.engines`."""
+    from sepconv.numpy import separable_conv2d, separable_conv2d_grad
+
+    reason = backends.why_not(problem.geometry, problem.dtype)
+    if reason is not None:
+        raise UnableError(reason)
+    dtype: Any = np.float32
+    if DTYPES[problem.dtype] == 2:
+        try:
+            from ml_dtypes import bfloat16 as dtype
+        except ModuleNotFoundError:
+            raise UnableError(
+                "needs ml_dtypes, which has this dtype. Run: pip install ml_dtypes"
+            ) from None
+
+    def cast(array: Any) -> Any:
+        return np.array(array, dtype)
+
+    keywords = problem.keywords
+    weights = [cast(weight) for weight in problem.weights]
+    inputs = itertools.cycle([(cast(problem.x), cast(problem.dy)) for _ in range(copies)])
+
+    def forward() -> list[Any]:
+        return [separable_conv2d(next(inputs)[0], *weights, **keywords)]
+
+    def training() -> list[Any]:
+        x, dy = next(inputs)
+        y = separable_conv2d(x, *weights, **keywords)
+        return [y, *separable_conv2d_grad(dy, x, *weights, **keywords)]
+
+    return Ready(forward if mode == MODES[0] else training, list)
