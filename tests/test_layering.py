@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "sepconv"
 CSRC = ROOT / "csrc"
 
+# What every engine of the benchmark may import.
+ENGINE = {"numpy", "sepconv", "sepconv.bench."}
 # What the Python files of a room may import besides the standard library. The first pattern that
 # fits a file is its room. A trailing dot stands for everything below a package.
 ROOMS = {
@@ -45,10 +47,93 @@ ROOMS = {
         "sepconv.tf1.",
     },
     "plans.py": {"sepconv.spec", "sepconv.backends", "sepconv._native", "sepconv.machine"},
-    "__init__.py": {"sepconv.spec", "sepconv.plans", "sepconv._native"},
+    "__init__.py": {
+        "sepconv.spec",
+        "sepconv.plans",
+        "sepconv._native",
+        "sepconv.models.fuse",
+        "sepconv.models.load",
+    },
     "machine.py": {"numpy", "sepconv", "sepconv._native"},
     "timing.py": {"numpy"},
-    "cli.py": {"typer", "rich", "sepconv", "sepconv.demo."},
+    # An engine runs in a process of its own, with its framework and a door of ours.
+    "bench/engines/jax.py": {"jax", *ENGINE, "sepconv.jax"},
+    "bench/engines/keras.py": {"keras", "jax", "torch", *ENGINE, "sepconv.keras"},
+    "bench/engines/litert.py": {"ai_edge_litert", "flatbuffers", *ENGINE},
+    "bench/engines/numpy.py": {"ml_dtypes", *ENGINE, "sepconv.numpy", "sepconv.backends"},
+    "bench/engines/onnxruntime.py": {"onnx", "onnxruntime", *ENGINE},
+    "bench/engines/openvino.py": {"openvino", *ENGINE},
+    "bench/engines/tensorflow.py": {"tensorflow", *ENGINE},
+    "bench/engines/torch.py": {"torch", *ENGINE, "sepconv.torch"},
+    "bench/engines/__init__.py": set(),
+    "bench/pictures.py": {"matplotlib", "numpy", "sepconv.bench."},
+    "bench/command.py": {"rich", "sepconv", "sepconv.plans", "sepconv.bench."},
+    "bench/*": {
+        "numpy",
+        "sepconv",
+        "sepconv._native",
+        "sepconv.machine",
+        "sepconv.numpy",
+        "sepconv.plans",
+        "sepconv.spec",
+        "sepconv.timing",
+        "sepconv.bench.",
+    },
+    "cli.py": {"typer", "rich", "sepconv", "sepconv.bench.", "sepconv.demo."},
+    "models/__init__.py": set(),
+    "models/exclusion.py": set(),
+    "models/report.py": {"rich"},
+    "models/fuse.py": {
+        "sepconv.models.exclusion",
+        "sepconv.models.keras_fuse",
+        "sepconv.models.report",
+        "sepconv.models.torch_fuse",
+    },
+    "models/keras_graph.py": {"keras"},
+    "models/keras_rebuild.py": {"keras", "sepconv.models.keras_graph"},
+    "models/keras_fused.py": {"keras", "jax", "sepconv.spec", "sepconv.keras"},
+    "models/keras_files.py": {"h5py", "keras", "sepconv.keras"},
+    "models/load.py": {"sepconv.models.tensors", "sepconv.models.keras_files"},
+    "models/keras_*.py": {
+        "keras",
+        "numpy",
+        "sepconv.spec",
+        "sepconv.keras",
+        "sepconv.models.exclusion",
+        "sepconv.models.keras_chains",
+        "sepconv.models.keras_fused",
+        "sepconv.models.keras_graph",
+        "sepconv.models.keras_measure",
+        "sepconv.models.keras_rebuild",
+        "sepconv.models.report",
+    },
+    "models/torch_fuse.py": {
+        "torch",
+        "sepconv.spec",
+        "sepconv.torch",
+        "sepconv.models.exclusion",
+        "sepconv.models.report",
+    },
+    "models/atomic.py": set(),
+    "models/weights.py": {"numpy", "sepconv.spec"},
+    "models/checkpoints.py": {"numpy", "ml_dtypes"},
+    "models/tensors.py": {
+        "h5py",
+        "ml_dtypes",
+        "numpy",
+        "safetensors",
+        "torch",
+        "sepconv.models.atomic",
+        "sepconv.models.checkpoints",
+        "sepconv.models.weights",
+    },
+    "models/onnx.py": {
+        "numpy",
+        "onnx",
+        "sepconv.spec",
+        "sepconv.models.atomic",
+        "sepconv.models.weights",
+    },
     "demo/*": {
         "h5py",
         "jax",
@@ -65,8 +150,9 @@ ROOMS = {
     },
 }
 PYTHON_FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-# The demo stands outside of the library: it makes layers as a user does.
-CONTRACT_ROOM = ["keras.py", "tf1/*", "demo/*"]
+# The demo stands outside of the library: it makes layers as a user does. Fusion makes layers from
+# those of a model, with all that they have.
+CONTRACT_ROOM = ["keras.py", "tf1/*", "demo/*", "models/keras_*.py"]
 
 
 def in_room(name, patterns):

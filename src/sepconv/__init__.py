@@ -4,20 +4,29 @@
 
 The operation itself lives behind one door per framework, imported by name: `sepconv.numpy`,
 `sepconv.jax`, `sepconv.torch`, `sepconv.keras`. This module imports none of them.
+`sepconv.fuse` puts it into a model that exists.
 """
 
 import operator
+from typing import TYPE_CHECKING, Any
 
 from sepconv.plans import explain
 from sepconv.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from sepconv.models.fuse import fuse, to_stock
+    from sepconv.models.load import load
 
 __all__ = [
     "ConvSpec",
     "__version__",
     "cpu_target",
     "explain",
+    "fuse",
     "get_num_threads",
+    "load",
     "set_num_threads",
+    "to_stock",
 ]
 
 
@@ -78,7 +87,16 @@ def cpu_target() -> str:
     return _native.cpu_target()
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    # Who only computes needs nothing of what works on whole models.
+    if name in ("fuse", "to_stock"):
+        from sepconv.models import fuse as models_fuse
+
+        return getattr(models_fuse, name)
+    if name == "load":
+        from sepconv.models.load import load
+
+        return load
     # The one place that states the version is pyproject.toml; reading the installed metadata takes
     # longer than the rest of this import, so it waits until somebody asks.
     if name == "__version__":

@@ -97,7 +97,7 @@ def _with_torch(loss: Callable[[], Any], variables: list[Any]) -> tuple[Any, lis
 
 
 def _with_tensorflow(loss: Callable[[], Any], variables: list[Any]) -> tuple[Any, list[Any]]:
-    import tensorflow  # type: ignore[import-untyped]
+    import tensorflow
 
     values = [variable.value for variable in variables]
     with tensorflow.GradientTape() as tape:

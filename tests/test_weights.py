@@ -1,0 +1,428 @@
+"""Layouts and names of weights, and the files of tensors of every format."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sepconv.models.checkpoints import read_checkpoint
+from sepconv.models.tensors import (
+    is_moving_average,
+    is_optimizer_slot,
+    read_tensors,
+    write_tensors,
+)
+from sepconv.models.weights import (
+    chosen_tensors,
+    depthwise_from_torch,
+    depthwise_to_torch,
+    pointwise_from_torch,
+    pointwise_to_torch,
+    separable_weights,
+)
+from sepconv.numpy import separable_conv2d
+
+ORACLE = os.environ.get("SEPCONV_ORACLE_PYTHON", "")
+
+
+def numbers(*shape, dtype="float32"):
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(dtype)
+
+
+# ---------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_layouts_are_those_of_torch_and_come_back(channels, multiplier):
+    torch = pytest.importorskip("torch")
+    kernel, pointwise = numbers(3, 2, channels, multiplier), numbers(1, 1, channels * multiplier, 5)
+    weight, point = depthwise_to_torch(kernel), pointwise_to_torch(pointwise)
+    assert weight.flags.c_contiguous
+    assert point.flags.c_contiguous
+    x = numbers(2, channels, 7, 6)
+    u = torch.conv2d(torch.tensor(x), torch.tensor(weight), groups=channels)
+    y = torch.conv2d(u, torch.tensor(point)).numpy()
+    wanted = separable_conv2d(x, kernel, pointwise, data_format="channels_first")
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(depthwise_from_torch(weight, channels), kernel)
+    np.testing.assert_array_equal(pointwise_from_torch(point), pointwise)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: depthwise_to_torch(np.ones((3, 3, 2))), "four positive sizes"),
+        (lambda: depthwise_to_torch(np.ones((3, 3, 0, 2))), "four positive sizes"),
+        (lambda: depthwise_from_torch(np.ones((6, 2, 3, 3)), 3), "must have the shape"),
+        (lambda: depthwise_from_torch(np.ones((6, 1, 3, 3)), 4), "with 4 channels"),
+        (lambda: depthwise_from_torch(np.ones((6, 1, 3, 3)), 0), "`channels`"),
+        (lambda: pointwise_to_torch(np.ones((1, 2, 3, 4))), "must have the shape"),
+        (lambda: pointwise_from_torch(np.ones((4, 3, 1, 2))), "must have the shape"),
+    ],
+)
+def test_shapes_that_are_none_of_a_kernel_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# ------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sep/depthwise_kernel/Adam",
+        "sep/depthwise_kernel/Adam_1",
+        "sep/bias/Momentum",
+        "sep/bias/RMSProp_1",
+        "beta1_power",
+        "train/beta2_power_1",
+        "net/sep/bias/.OPTIMIZER_SLOT/optimizer/m",
+        "optimizer/iter",
+        "model/optimizer/_variables/3",
+        "optimizer_weights/Adam/m/sep/bias:0",
+        "Adam/m/sep/bias",
+        "training/Adam/sep/bias/m",
+        "optimizer.state.0.exp_avg",
+        "state.0.momentum_buffer",
+    ],
+)
+def test_slots_of_optimizers_are_recognised(name):
+    assert is_optimizer_slot(name)
+    assert not is_moving_average(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["sep/bias", "Momentum", "net.0.weight", "adam.weight", "sep/kernel", "global_step"]
+)
+def test_weights_are_no_slots(name):
+    assert not is_optimizer_slot(name)
+    assert not is_moving_average(name)
+
+
+def test_moving_averages_take_the_place_of_what_they_average():
+    tensors = {"a": 1, "b": 2, "a/ExponentialMovingAverage": 3, "a/Adam": 4}
+    assert chosen_tensors(tensors) == {"a": 1, "b": 2}
+    assert chosen_tensors(tensors, moving_averages=True) == {"a": 3, "b": 2}
+    tensors = {"state_dict.w": 1, "state_dict_ema.w": 2}
+    assert chosen_tensors(tensors, moving_averages=True) == {"state_dict.w": 2}
+    with pytest.raises(ValueError, match="none among 1 tensors"):
+        chosen_tensors({"a": 1}, moving_averages=True)
+
+
+def test_pairs_of_torch_are_found_by_name_or_order():
+    tensors = {
+        "stem.weight": numbers(4, 3, 3, 3),
+        "a.depthwise.weight": numbers(8, 1, 3, 3),
+        "a.depthwise.bias": numbers(8),
+        "a.pointwise.weight": numbers(6, 8, 1, 1),
+        "a.pointwise.bias": numbers(6),
+        "b.0.weight": numbers(6, 1, 5, 5),
+        "b.1.weight": numbers(7, 6, 1, 1),
+        "c.0.weight": numbers(7, 1, 3, 3),
+        "c.1.weight": numbers(7),
+        "c.2.weight": numbers(9, 7, 1, 1),
+    }
+    found = separable_weights(tensors, depth_multiplier={"a": 2})
+    assert list(found) == ["a", "b.0"], "c has a batch norm between"
+    assert found["a"].depthwise_kernel.shape == (3, 3, 4, 2)
+    assert found["b.0"].depthwise_kernel.shape == (5, 5, 6, 1)
+    assert found["a"].bias is tensors["a.pointwise.bias"]
+    assert found["a"].depthwise_bias is tensors["a.depthwise.bias"]
+    with pytest.raises(ValueError, match="'d', which is none"):
+        separable_weights(tensors, depth_multiplier={"d": 2})
+    with pytest.raises(ValueError, match="depth_multiplier=3"):
+        separable_weights(tensors, depth_multiplier=3)
+
+
+def test_layers_of_keras_whose_shapes_do_not_fit_are_refused():
+    tensors = {"s/depthwise_kernel": numbers(3, 3, 4, 1), "s/pointwise_kernel": numbers(1, 1, 5, 6)}
+    with pytest.raises(ValueError, match="'s' must have weights of the shapes"):
+        separable_weights(tensors)
+    tensors["s/pointwise_kernel"] = numbers(1, 1, 4, 6)
+    tensors["s/bias"] = numbers(5)
+    with pytest.raises(ValueError, match=r"'s/bias' must have the shape \(6,\)"):
+        separable_weights(tensors)
+
+
+# ------------------------------------------------------------------------------ round trips
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth"])
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+def test_what_is_written_is_read(tmp_path, ending, multiplier):
+    tensors = {
+        "a.depthwise.weight": numbers(4 * multiplier, 1, 3, 3).transpose(0, 1, 3, 2),
+        "a.pointwise.weight": numbers(5, 4 * multiplier, 1, 1),
+        "brain": numbers(3, dtype=ml_dtypes.bfloat16),
+        "half": numbers(2, 2, dtype="float16"),
+        "double": numbers(2, dtype=">f8"),
+        "steps": np.array(7, "int64"),
+        "flags": np.array([True, False]),
+        "none": np.zeros((0, 3), "float32"),
+    }
+    path = tmp_path / f"net.{ending}"
+    write_tensors(path, tensors)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    found = read_tensors(path)
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(found[name], tensor)
+    kernel = separable_weights(found, depth_multiplier=multiplier)["a"].depthwise_kernel
+    assert kernel.shape == (3, 3, 4, multiplier)
+
+
+# Keras itself converts its variables for NumPy in the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+def test_weights_files_of_keras(tmp_path, multiplier):
+    from sepconv.keras import SeparableConv2D, keras
+
+    layers = [keras.Input((7, 6, 3)), SeparableConv2D(4, 3, depth_multiplier=multiplier, name="s")]
+    net = keras.Sequential([*layers, keras.layers.Conv2D(2, 1)])
+    for name in ("net.weights.h5", "net.h5"):
+        path = tmp_path / name
+        if name == "net.h5":
+            with h5py.File(path, "w") as file:  # As Keras 2 lays it out.
+                file.attrs["layer_names"] = [b"s"]
+                group = file.create_group("s")
+                words = ("depthwise_kernel", "pointwise_kernel", "bias")
+                group.attrs["weight_names"] = [f"s/{word}:0".encode() for word in words]
+                for word, array in zip(words, net.get_weights(), strict=False):
+                    group[f"s/{word}:0"] = array
+        else:
+            net.save_weights(path)
+        ((_, found),) = separable_weights(read_tensors(path)).items()
+        for mine, theirs in zip(found[:3], net.get_weights(), strict=False):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+# ------------------------------------------------------------------ checkpoints of TensorFlow
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Path:
+    if not ORACLE:
+        pytest.skip("SEPCONV_ORACLE_PYTHON does not name a Python with TensorFlow and tf-keras")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    script = Path(__file__).parent / "checkpoints" / "write.py"
+    finished = subprocess.run(
+        [ORACLE, str(script), str(folder)], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("moving_averages", [False, True])
+def test_a_checkpoint_of_tf_layers(checkpoints, moving_averages):
+    tensors = read_tensors(checkpoints / "layers" / "model.ckpt-2")
+    found = separable_weights(tensors, moving_averages=moving_averages)
+    assert list(found) == ["first", "scope/second"]
+    x = np.load(checkpoints / "x.npy")
+    y = separable_conv2d(x, *found["first"][:3], strides=2, padding="same", activation="relu")
+    y = separable_conv2d(y, *found["scope/second"][:3])
+    wanted = np.load(checkpoints / "layers" / ("averaged.npy" if moving_averages else "y.npy"))
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    slots = {name for name in tensors if is_optimizer_slot(name)}
+    assert {"first/bias/Adam", "first/bias/Adam_1", "beta1_power"} <= slots
+    assert len(slots) == 2 * 5 + 2
+    assert sum(map(is_moving_average, tensors)) == 5
+    assert tensors["table/half"].dtype == np.float16
+    np.testing.assert_array_equal(tensors["table/brain"].astype("float32"), [0.5, -2])
+    assert tensors["table/brain"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(tensors["table/flags"], [True, False])
+    assert tensors["table/steps"] == -7
+    assert "table/words" not in tensors
+
+
+@pytest.mark.parametrize("moving_averages", [False, True])
+def test_a_checkpoint_of_slim(checkpoints, moving_averages):
+    tensors = read_tensors(checkpoints / "slim" / "model.ckpt-2.index")
+    ((name, found),) = separable_weights(tensors, moving_averages=moving_averages).items()
+    assert name == "Net/SeparableConv2d"
+    x = np.load(checkpoints / "x.npy")
+    y = separable_conv2d(x, *found[:3], strides=2, padding="same", activation="relu")
+    wanted = np.load(checkpoints / "slim" / ("averaged.npy" if moving_averages else "y.npy"))
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_objects(checkpoints):
+    tensors = read_tensors(checkpoints / "objects")
+    ((name, found),) = separable_weights(tensors).items()
+    assert name.startswith("net/")
+    assert any(is_optimizer_slot(each) for each in tensors)
+    np.testing.assert_array_equal(tensors["table/dotted.name"], [1, 2])
+    x = np.load(checkpoints / "x.npy")
+    y = separable_conv2d(x, *found[:3], strides=2, padding="same", activation="relu")
+    np.testing.assert_allclose(y, np.load(checkpoints / "objects" / "y.npy"), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_are_read_without_tensorflow():
+    code = "import sys, sepconv.models.tensors; print(*sys.modules)"
+    names = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert not {"tensorflow", "torch", "h5py", "safetensors", "keras", "google"} & set(names)
+
+
+# ------------------------------------------------------------------------------ hostile files
+
+
+def test_damaged_checkpoints_are_refused(checkpoints, tmp_path):
+    index = (checkpoints / "slim" / "model.ckpt-2.index").read_bytes()
+    (data,) = (checkpoints / "slim").glob("*.data-*")
+    beside = tmp_path / "c.data-00000-of-00001"
+    for size in (0, 1, data.stat().st_size // 2, data.stat().st_size - 1):
+        (tmp_path / "c.index").write_bytes(index)
+        beside.write_bytes(data.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"c\.data-00000-of-00001: truncated"):
+            read_checkpoint(tmp_path / "c")
+    beside.write_bytes(data.read_bytes())
+    whole = read_checkpoint(checkpoints / "slim" / "model.ckpt-2")
+    refused = 0
+    for at in range(0, len(index), 7):
+        (tmp_path / "c.index").write_bytes(index[:at])
+        with pytest.raises(ValueError, match=r"c\.index"):
+            read_checkpoint(tmp_path / "c")
+        changed = bytearray(index)
+        changed[at] ^= 1 << at % 8
+        (tmp_path / "c.index").write_bytes(changed)
+        try:
+            found = read_checkpoint(tmp_path / "c")
+        except ValueError as error:
+            refused += "c.index" in str(error)
+        else:  # It was in a part that nobody reads, between the tensors and the end.
+            np.testing.assert_equal(found, whole)
+    assert refused > 0.7 * len(index) / 7
+    beside.unlink()
+    (tmp_path / "c.index").write_bytes(index)
+    with pytest.raises(ValueError, match="a part of the checkpoint cannot be read"):
+        read_checkpoint(tmp_path / "c")
+
+
+def test_a_list_of_checkpoints_does_not_lead_out_of_its_folder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for text in ('"../model"', '"/etc/passwd"', '"a\\\\b"', '".."', "", '"unclosed'):
+        (tmp_path / "inner" / "checkpoint").write_text(f"model_checkpoint_path: {text}\n")
+        (tmp_path / "model.index").write_bytes(b"")
+        with pytest.raises(ValueError, match="checkpoint"):
+            read_tensors(tmp_path / "inner")
+
+
+class Attack:
+    def __reduce__(self):
+        return (os.mkdir, (str(ATTACKED),))
+
+
+ATTACKED = Path("attacked-by-a-pickle")
+
+
+def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Attack()}, "net.pt")
+    with pytest.raises(ValueError, match=r"net\.pt: not a state dict"):
+        read_tensors("net.pt")
+    assert not ATTACKED.exists()
+
+
+def test_tensors_of_torch_that_repeat_without_end_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.ones(1).expand(2**40)}, path)
+    with pytest.raises(ValueError, match="'a' of the shape"):
+        read_tensors(path)
+    torch.save({"a": torch.zeros(2**16)}, path)
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as copy:
+        for entry in source.infolist():
+            copy.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match="more than the file"):
+        read_tensors(bomb)
+
+
+def test_nested_dicts_of_torch_are_flattened_and_their_numbers_left_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "net.pth"
+    torch.save({"epoch": 3, "model": {"w": torch.ones(2)}, "list": [torch.zeros(1)]}, path)
+    assert list(read_tensors(path)) == ["model.w", "list.0"]
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ValueError, match="no tensor"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "h5"])
+def test_truncated_and_foreign_files_are_refused(tmp_path, ending):
+    path = tmp_path / f"net.{ending}"
+    if ending == "h5":
+        with h5py.File(path, "w") as file:
+            file["w"] = numbers(50)
+    else:
+        write_tensors(path, {"w": numbers(50)})
+    content = path.read_bytes()
+    for size in (0, 1, 9, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=rf"net\.{ending}"):
+            read_tensors(path)
+    path.write_bytes(b"\x89PNG" + bytes(100))
+    with pytest.raises(ValueError, match=rf"net\.{ending}"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"w":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}',
+        b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}',
+        b"[" * 10000,
+    ],
+)
+def test_absurd_headers_of_safetensors_are_refused(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    for length in (len(header), 2**62):
+        path.write_bytes(struct.pack("<Q", length) + header + b"1234")
+        with pytest.raises(ValueError, match=r"w\.safetensors"):
+            read_tensors(path)
+
+
+def test_absurd_datasets_of_hdf5_are_refused(tmp_path):
+    path = tmp_path / "w.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (2**40,), "f4", chunks=(1024,))
+    with pytest.raises(ValueError, match="the file does not have them"):
+        read_tensors(path)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (4,), "f4", external=[("/etc/hostname", 0, 16)])
+    with pytest.raises(ValueError, match="another file"):
+        read_tensors(path)
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["w"] = numbers(3)
+    with h5py.File(path, "w") as file:
+        file["link"] = h5py.ExternalLink("secret.h5", "w")
+        file["text"] = "words"
+    assert read_tensors(path) == {}
+
+
+def test_what_is_no_file_of_tensors_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_tensors(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="not a file of tensors that is known"):
+        read_tensors(tmp_path)
+    with pytest.raises(ValueError, match="must end in"):
+        write_tensors(tmp_path / "w.bin", {})
+    with pytest.raises(TypeError, match="arrays of numbers by name"):
+        write_tensors(tmp_path / "w.pt", {"a": np.array(["text"])})
+    assert not list(tmp_path.iterdir())
