@@ -156,7 +156,10 @@ class WidenedWeights {
   WidenedWeights(Problem<S>& problem, const void* depthwise_kernel, const void* depthwise_bias,
                  const void* bias)
       : taps_(problem.g.kernel_height * problem.g.kernel_width * problem.depth),
-        buffer_(std::is_same_v<S, T> ? 0 : (taps_ + problem.depth + problem.filters) * sizeof(T)) {
+        // A plan has no weights, and must not fail where there is no memory for them.
+        buffer_(std::is_same_v<S, T> || !depthwise_kernel
+                    ? 0
+                    : (taps_ + problem.depth + problem.filters) * sizeof(T)) {
     T* to = buffer_.template As<T>();
     problem.depthwise_kernel = Widened(problem.copies, depthwise_kernel, taps_, to);
     problem.depthwise_bias = Widened(problem.copies, depthwise_bias, problem.depth, to + taps_);
