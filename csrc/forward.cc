@@ -53,10 +53,11 @@ class ForwardLoop {
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
     // Several threads share such a layer by its filters, each with a depthwise output of its own.
-    packs_in_time_ = !in_place && p_.pixels * depth_stride_ * element <= kForwardWholeBytes &&
-                     p_.depth * p_.filters * element > kForwardWholeWeightBytes &&
-                     (threads_ == 1 || p_.pixels * taps < p_.filters);
-    if (packs_in_time_) {
+    const bool whole = !in_place && p_.pixels * depth_stride_ * element <= kForwardWholeBytes &&
+                       p_.depth * p_.filters * element > kForwardWholeWeightBytes &&
+                       (threads_ == 1 || p_.pixels * taps < p_.filters);
+    packs_in_time_ = whole || (!in_place && threads_ == 1);
+    if (whole) {
       tiles = 1;
     } else if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) {
       tiles = RoundUp(tiles, threads_);
@@ -66,6 +67,7 @@ class ForwardLoop {
     // Too few tiles for the threads: each tile's filters are split, and its depthwise output
     // computed once per part.
     parts_ = std::min(panels_.count(), CeilDiv(threads_, tiles_));
+    packs_two_ = packs_in_time_ && tiles_ == 1;
 
     direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
     staged_columns_ = g.in_width;
@@ -91,10 +93,10 @@ class ForwardLoop {
   void Run() {
     Layout64 shared;
     const int64_t packed_at = shared.Add(
-        packs_in_time_ ? 0 : (panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth,
+        packs_two_ ? 0 : (panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth,
         sizeof(T));
     Layout64 own;
-    const int64_t packed_panel_at = own.Add(packs_in_time_ ? p_.depth * columns_ : 0, sizeof(T));
+    const int64_t two_panels_at = own.Add(packs_two_ ? 2 * p_.depth * columns_ : 0, sizeof(T));
     const int64_t tile_at = own.Add(tile_pixels_ * depth_stride_, sizeof(T));
     const int64_t panel_at = own.Add(direct_y_ ? 0 : tile_pixels_ * columns_, sizeof(T));
     const int64_t gradient_at = own.Add(gradient_.dz ? tile_pixels_ * columns_ : 0, sizeof(T));
@@ -123,7 +125,7 @@ class ForwardLoop {
     }
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
       char* mine = memory_of(worker);
-      const Scratch scratch = {reinterpret_cast<T*>(mine + packed_panel_at),
+      const Scratch scratch = {reinterpret_cast<T*>(mine + two_panels_at),
                                reinterpret_cast<T*>(mine + tile_at),
                                reinterpret_cast<T*>(mine + panel_at),
                                reinterpret_cast<T*>(mine + gradient_at),
@@ -141,10 +143,10 @@ class ForwardLoop {
 
  private:
   struct Scratch {
-    T* packed_panel;  // [depth][panel column]
-    T* tile;          // [pixel][depth]: the depthwise output
-    T* panel;         // [pixel][panel column]: output before it is narrowed or transposed
-    T* gradient;      // [pixel][panel column]
+    T* two_panels;  // [depth][panel column] each: the one in use, and the next
+    T* tile;        // [pixel][depth]: the depthwise output
+    T* panel;       // [pixel][panel column]: output before it is narrowed or transposed
+    T* gradient;    // [pixel][panel column]
     T* staged;
     int64_t* staged_row;
     SourceRow<T>* rows;
@@ -193,6 +195,11 @@ class ForwardLoop {
     RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
   }
 
+  T* PackedPanel(int64_t panel, const Scratch& scratch) const {
+    return packs_two_ ? scratch.two_panels + panel % 2 * p_.depth * columns_
+                      : packed_ + (panels_.begin(panel) - panels_.begin(first_packed_)) * p_.depth;
+  }
+
   void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
                      const Scratch& scratch) const {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -201,18 +208,25 @@ class ForwardLoop {
     const bool clamps = activation == Activation::kRelu || activation == Activation::kRelu6;
     const T low = clamps ? 0 : -kInfinity, high = activation == Activation::kRelu6 ? 6 : kInfinity;
     const int64_t pixels = end - begin;
+    bool packed_before = false;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t column = panels_.begin(panel), count = panels_.columns(panel);
       const T* b = nullptr;
       int64_t b_stride = panels_.width(panel);
       const S* ahead = nullptr;
-      if (packs_in_time_) {
-        p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
-                       scratch.packed_panel, b_stride);
-        b = scratch.packed_panel;
-        if (panel + 1 < panel_end) ahead = pointwise_ + panels_.begin(panel + 1);
-      } else if (panel >= first_packed_) {
-        b = packed_ + (column - panels_.begin(first_packed_)) * p_.depth;
+      T* ahead_to = nullptr;
+      if (panel >= first_packed_) b = PackedPanel(panel, scratch);
+      if (packs_in_time_ && begin == 0) {
+        if (!packed_before) {
+          p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
+                         PackedPanel(panel, scratch), b_stride);
+        }
+        if (panel + 1 < panel_end) {
+          ahead = pointwise_ + panels_.begin(panel + 1);
+          // A panel as wide as this one is copied by the micro-kernel.
+          packed_before = std::is_same_v<S, T> && panels_.columns(panel + 1) == b_stride;
+          if (packed_before) ahead_to = PackedPanel(panel + 1, scratch);
+        }
       }
       T* out = scratch.panel;
       int64_t out_stride = columns_;
@@ -230,7 +244,8 @@ class ForwardLoop {
                        out_stride, p_.bias ? p_.bias + column : nullptr, low, high, false,
                        reinterpret_cast<const char*>(ahead),
                        p_.filters * static_cast<int64_t>(sizeof(S)),
-                       ahead ? panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) : 0});
+                       ahead ? panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) : 0,
+                       false, ahead_to});
       if (activation != Activation::kLinear && !clamps) {
         p_.kernels.activate(activation, out, pixels, count, out_stride);
       }
@@ -260,7 +275,9 @@ class ForwardLoop {
   int64_t first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1, depth_stride_ = 0,
           staged_columns_ = 0, strip_ = 0;
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
-  bool direct_y_ = false, packs_in_time_ = false, keeps_rows_ = false;
+  // packs_in_time_: the first tile packs each panel just before it uses it; packs_two_: there is no
+  // other tile, and a panel's memory serves again.
+  bool direct_y_ = false, packs_in_time_ = false, packs_two_ = false, keeps_rows_ = false;
   T* packed_ = nullptr;
 };
 

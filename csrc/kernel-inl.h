@@ -27,10 +27,21 @@ SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
   }
 }
 
-// The sums of a register tile over the whole depth. kAhead: fetches a row of what comes next into
-// L2 every four steps; a loop of its own, because the others have no issue slots to spare.
-template <typename T, int kRows, int kVectors, bool kUnitRows, bool kAhead>
-SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahead,
+// What a register tile does beside its sums: nothing, or every four steps of the depth one row of
+// what comes next.
+enum class Beside { kNothing, kFetch, kCopy };
+
+template <typename T, int kVectors>
+SEPCONV_INLINE void CopyRow(const char* from, T* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v)
+    Store(to + v * kLanes<T>, Load(reinterpret_cast<const T*>(from) + v * kLanes<T>));
+}
+
+// The sums of a register tile over the whole depth. A loop for each thing done beside, because
+// there are no issue slots to spare.
+template <typename T, int kRows, int kVectors, bool kUnitRows, Beside kBeside>
+SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahead, T* ahead_to,
                               Vec<T> (&sum)[kRows][kVectors]) {
   const int64_t row_stride = kUnitRows ? 1 : g.a_row_stride;
   const int64_t depth_stride = kUnitRows ? g.a_depth_stride : 1;
@@ -42,10 +53,20 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
 
   int64_t k = 0;
   for (; k + 4 <= g.depth; k += 4) {
-    if constexpr (kAhead) {
+    if constexpr (kBeside == Beside::kFetch) {
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + g.ahead_row_bytes - 1, 0, 2);
       ahead += g.ahead_stride;
+    }
+    if constexpr (kBeside == Beside::kCopy) {
+      // Far enough ahead for memory, and near enough that rows a power of two apart, which share a
+      // few sets of L2, are still there.
+      const char* far = ahead + kCopyFetchRows * g.ahead_stride;
+      __builtin_prefetch(far, 0, 2);
+      __builtin_prefetch(far + g.ahead_row_bytes - 1, 0, 2);
+      CopyRow<T, kVectors>(ahead, ahead_to);
+      ahead += g.ahead_stride;
+      ahead_to += b_stride;
     }
     MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
     b += b_stride;
@@ -69,7 +90,7 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
 // One register tile. kRows x kVectors accumulators run over the whole depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
 template <typename T, int kRows, int kVectors, bool kUnitRows>
-void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead) {
+void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* ahead_to) {
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -77,10 +98,12 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
   }
-  if (!kUnitRows && ahead) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, !kUnitRows>(g, a, ahead, sum);
+  if (!kUnitRows && ahead_to) {
+    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
+  } else if (!kUnitRows && ahead) {
+    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kFetch>(g, a, ahead, nullptr, sum);
   } else {
-    MicroLoop<T, kRows, kVectors, kUnitRows, false>(g, a, ahead, sum);
+    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kNothing>(g, a, nullptr, nullptr, sum);
   }
 
   const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
@@ -123,7 +146,7 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead) {
 }
 
 template <typename T>
-using MicroKernelPointer = void (*)(const GemmArgs<T>&, const T*, T*, const char*);
+using MicroKernelPointer = void (*)(const GemmArgs<T>&, const T*, T*, const char*, T*);
 
 // Micro-kernels for 1, 2, ... rows.
 template <typename T, int kVectors, bool kUnitRows, size_t... R>
@@ -145,9 +168,10 @@ void GemmPanel(const GemmArgs<T>& g) {
   const int64_t row_bytes = g.depth * static_cast<int64_t>(sizeof(T));
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = small + (tile < larger);
-    // The first four tiles fetch a quarter of the rows each.
-    const char* ahead =
-        g.ahead && tile < 4 ? g.ahead + tile * (g.depth / 4) * g.ahead_stride : nullptr;
+    // The first four tiles fetch or copy a quarter of the rows each.
+    const bool busy = g.ahead && tile < 4;
+    const char* ahead = busy ? g.ahead + tile * (g.depth / 4) * g.ahead_stride : nullptr;
+    T* ahead_to = busy && g.ahead_to ? g.ahead_to + tile * (g.depth / 4) * g.b_stride : nullptr;
     if (!kUnitRows && g.fetch_rows && tile + kFetchTiles < tiles) {
       for (int64_t r = 0; r < rows; ++r) {
         const T* row = a + (kFetchTiles * rows + r) * g.a_row_stride;
@@ -155,10 +179,12 @@ void GemmPanel(const GemmArgs<T>& g) {
           __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
       }
     }
-    MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c, ahead);
+    MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c, ahead, ahead_to);
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;
   }
+  for (int64_t k = std::min<int64_t>(tiles, 4) * (g.depth / 4); g.ahead_to && k < g.depth; ++k)
+    CopyRow<T, kVectors>(g.ahead + k * g.ahead_stride, g.ahead_to + k * g.b_stride);
 }
 
 template <typename T, bool kUnitRows, size_t... V>

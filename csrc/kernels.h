@@ -25,10 +25,13 @@ struct GemmArgs {
   const T* bias;  // null: none
   T low, high;    // (-inf, inf): no clamp
   bool accumulate;
-  // Rows to fetch into L2 meanwhile, as many as `depth`, each as wide as a panel; null: none.
+  // What comes next, meanwhile: `depth` rows, each as wide as this panel, are copied to
+  // `ahead_to`[row][b_stride], or, where that is null, fetched into L2. Null: none. Not where A's
+  // rows are neighbours.
   const char* ahead = nullptr;
   int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
   bool fetch_rows = false;                        // A comes from memory: fetch its next rows too
+  T* ahead_to = nullptr;
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
