@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import doctest
 import io
+import itertools
 import os
 import pickle
 import re
@@ -540,24 +542,58 @@ def test_forward_mode_without_torch_func():
     assert_close((y.primal, y.tangent), expected)
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {3}, {4}, {0, 3}, {1, 2, 4}])
-def test_gradients_of_some_inputs_only(wanted, monkeypatch):
+def test_gradients_of_some_inputs_only(wanted, short, monkeypatch):
     problem = small_problem(activation="relu", use_bias=True, use_depthwise_bias=True)
     function, args, dy = prepared(problem)
     full = torch.autograd.grad(function(*(every := tracked(args))), every, dy)
     inputs = [t.requires_grad_() if i in wanted else t for i, t in enumerate(args)]
     asked = []
-    inner = sepconv.torch._run_backward
 
-    def noting(*arguments: Any) -> Any:
-        asked.append(len(arguments[-1]))
-        return inner(*arguments)
+    def noting(inner: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            gradients = inner(*arguments)
+            asked.append(sum(gradient is not None for gradient in gradients))
+            return gradients
 
-    monkeypatch.setattr(sepconv.torch, "_run_backward", noting)
+        return call
+
+    for name in ("_run_backward", "_run_backward_at_once"):
+        monkeypatch.setattr(sepconv.torch, name, noting(getattr(sepconv.torch, name)))
     chosen = [inputs[i] for i in sorted(wanted)]
-    gradients = torch.autograd.grad(function(*inputs), chosen, dy)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with contextlib.nullcontext() if short else hooks:
+        gradients = torch.autograd.grad(function(*inputs), chosen, dy)
     assert_close(gradients, [full[i] for i in sorted(wanted)], 0.0)
     assert asked == [len(wanted)]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("activation", ["linear", "relu", "silu"])
+def test_the_short_way_equals_the_long_way(activation, data_format):
+    # A profiler wants to see every operator, and so has the long way taken.
+    problem = small_problem(True, True, activation=activation, data_format=data_format)
+    function, args, dy = prepared(problem)
+    longer = torch.profiler.profile
+    results = []
+    for forward, backward in itertools.product((contextlib.nullcontext, longer), repeat=2):
+        inputs = tracked(args)
+        with forward():
+            y = function(*inputs)
+        short = type(y.grad_fn).__name__ == "_AtOnceBackward"
+        assert short == (forward is contextlib.nullcontext)
+        with backward():
+            first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+            expanded = torch.autograd.grad(y.sum(), inputs)
+        twice = torch.autograd.grad(function(*inputs), inputs, dy, create_graph=True)
+        squares = sum((g * g).sum() for g in twice)
+        second = torch.autograd.grad(squares, inputs, materialize_grads=True)
+        strides = [gradient.stride() for gradient in first]
+        assert strides == [tensor.stride() for tensor in inputs]
+        results.append((y.detach(), *first, *expanded, *second))
+    for other in results[1:]:
+        assert_close(other, results[0], 0.0)
 
 
 def test_double_use_in_one_graph():
@@ -896,6 +932,11 @@ def test_only_inputs_and_what_the_slope_needs_are_saved(activation, memory_forma
     sizes = {t.data_ptr(): t.untyped_storage().nbytes() for t in saved}
     tensors = [x, *layer.parameters(), *([y] if y.data_ptr() in expected else [])]
     assert sum(sizes.values()) == sum(t.numel() * t.element_size() for t in tensors)
+    # And where no hook looks.
+    y = layer(x)
+    kept = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+    inputs = {t.data_ptr() for t in (x, *layer.parameters())}
+    assert kept == (inputs | {y.data_ptr()} if activation != "linear" and follows else inputs)
 
 
 def test_a_compiled_step_saves_no_more():

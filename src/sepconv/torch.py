@@ -590,8 +590,10 @@ class _Plan(NamedTuple):
     """As the caller sees the output."""
     lies_ready: bool
     """Every tensor lies in memory as the kernel reads it."""
+    from_torch: bool
+    """The caller sees the layouts of torch, not those of Keras."""
     flat: npt.NDArray[np.int64] | None
-    forward: Callable[..., None] | None
+    kernels: backends.Kernels | None
 
 
 def _torch_layer(
@@ -613,21 +615,7 @@ def _torch_layer(
     operands = _autocast(operands)
     arguments = (stride, padding, dilation, names)
     plan = _planned(_torch_plan, _torch_plan_cached, operands, arguments)
-    if plan.lies_ready and _is_quiet() and _are_plain(operands):
-        return _run_at_once(plan, operands)
-    x, depthwise_weight, pointwise_weight, *biases = operands
-    g = plan.geometry
-    last = g.layout == 0
-    shape = (g.in_channels, g.depth_multiplier, g.kernel_height, g.kernel_width)
-    function = _forward if plan.refusal is None else _composition
-    y = function(
-        g,
-        x.permute(0, 2, 3, 1) if last else x,
-        depthwise_weight.reshape(shape).permute(2, 3, 0, 1),
-        pointwise_weight.permute(2, 3, 1, 0),
-        *biases,
-    )
-    return y.permute(0, 3, 1, 2) if last else y
+    return _called(plan, operands)
 
 
 def _keras_layer(
@@ -644,11 +632,56 @@ def _keras_layer(
 ) -> Tensor:
     operands = _autocast((x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias))
     arguments = (strides, padding, dilation_rate, data_format, names)
-    plan = _planned(_keras_plan, _keras_plan_cached, operands, arguments)
+    return _called(_planned(_keras_plan, _keras_plan_cached, operands, arguments), operands)
+
+
+def _called(plan: _Plan, operands: tuple[Any, ...]) -> Tensor:
     if plan.lies_ready and _is_quiet() and _are_plain(operands):
-        return _run_at_once(plan, operands)
+        if not torch.is_grad_enabled() or not _any_requires_grad(operands):
+            return _run_at_once(plan, operands)
+        # Whoever looks at what is saved shall see the same with a profiler and without one.
+        if _saved_tensors_hooks(False) is None:
+            return _applied(_AtOnce, plan, *operands)
     function = _forward if plan.refusal is None else _composition
-    return function(plan.geometry, *operands)
+    return _image_to_caller(plan, function(plan.geometry, *_as_kernel_reads(plan, operands)))
+
+
+def _as_kernel_reads(plan: _Plan, operands: Sequence[Any]) -> list[Any]:
+    """Views of the caller's operands in the layouts of Keras."""
+    if not plan.from_torch:
+        return list(operands)
+    x, depthwise, pointwise, *biases = operands
+    g = plan.geometry
+    shape = (g.in_channels, g.depth_multiplier, g.kernel_height, g.kernel_width)
+    return [
+        _image_from_caller(plan, x),
+        depthwise.reshape(shape).permute(2, 3, 0, 1),
+        pointwise.permute(2, 3, 1, 0),
+        *biases,
+    ]
+
+
+def _as_caller_sees(plan: _Plan, gradients: Sequence[Any]) -> list[Any]:
+    """The reverse, of gradients; those that nobody asked for are None."""
+    if not plan.from_torch:
+        return list(gradients)
+    x, depthwise, pointwise, *biases = gradients
+    g = plan.geometry
+    shape = (g.depthwise_channels, 1, g.kernel_height, g.kernel_width)
+    return [
+        None if x is None else _image_to_caller(plan, x),
+        None if depthwise is None else depthwise.permute(2, 3, 0, 1).reshape(shape),
+        None if pointwise is None else pointwise.permute(3, 2, 0, 1),
+        *biases,
+    ]
+
+
+def _image_from_caller(plan: _Plan, image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1) if plan.from_torch and plan.geometry.layout == 0 else image
+
+
+def _image_to_caller(plan: _Plan, image: Tensor) -> Tensor:
+    return image.permute(0, 3, 1, 2) if plan.from_torch and plan.geometry.layout == 0 else image
 
 
 def _autocast(operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -755,6 +788,7 @@ def _torch_plan(device: str, *arguments: Any) -> _Plan:
         and _is_dense(depthwise, depthwise_stride, _DEPTHWISE_AXES)
         and _is_dense(pointwise, pointwise_stride, _POINTWISE_AXES),
         tensors,
+        from_torch=True,
     )
 
 
@@ -780,7 +814,9 @@ def _keras_plan(
     geometry = spec.resolve(x, kernel, pointwise, *_bias_shapes(tensors))
     axes = (0, 1, 2, 3)
     dense = all(_is_dense(shape, stride, axes) for _, shape, stride in tensors[:3])
-    return _finished(geometry, device, dtype, geometry.y_shape, axes, dense, tensors)
+    return _finished(
+        geometry, device, dtype, geometry.y_shape, axes, dense, tensors, from_torch=False
+    )
 
 
 _torch_plan_cached = functools.lru_cache(maxsize=4096)(_torch_plan)
@@ -795,6 +831,8 @@ def _finished(
     y_axes: Positions,
     dense: bool,
     tensors: Sequence[Any],
+    *,
+    from_torch: bool,
 ) -> _Plan:
     # On the meta device, tensors have shapes and no data: those that the CPU would give.
     refusal = backends.why_not(geometry, _name(dtype), "cpu" if device == "meta" else device)
@@ -806,8 +844,9 @@ def _finished(
         y_shape=y_shape,
         y_stride=_dense_stride(y_shape, y_axes),
         lies_ready=ready,
+        from_torch=from_torch,
         flat=_flat(geometry) if ready else None,
-        forward=_kernels(geometry, _name(dtype)).forward if ready else None,
+        kernels=_kernels(geometry, _name(dtype)) if ready else None,
     )
 
 
@@ -905,29 +944,77 @@ _is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _are_plain(operands: Operands) -> bool:
-    """Whether the tensors are memory with a shape and nothing else, and no gradient is asked for.
+    """Whether the tensors are memory with a shape and nothing else.
 
     That they are on the CPU and that the kernel takes their dtype is known from the plan.
     """
-    tracked = torch.is_grad_enabled()
     for tensor in operands:
         if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or tensor.is_neg()
-            or tensor._is_zerotensor()
-            or (tracked and tensor.requires_grad)
+            type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor._is_zerotensor()
         ):
             return False
     return not _is_wrapped(operands[0])
 
 
+def _any_requires_grad(operands: Operands) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in operands)
+
+
+_saved_tensors_hooks: Any = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: ()
+)
+
+
 def _run_at_once(plan: _Plan, operands: Operands) -> Tensor:
     x = operands[0]
     assert x is not None
-    assert plan.forward is not None
+    assert plan.kernels is not None
     y = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=x.dtype)
-    plan.forward(plan.flat, *operands, y)
+    plan.kernels.forward(plan.flat, *operands, y)
     return y
+
+
+def _run_backward_at_once(
+    plan: _Plan, needed: Sequence[bool], dy: Tensor, operands: Operands, y: Tensor | None
+) -> list[Tensor | None]:
+    assert plan.kernels is not None
+    if dy.stride() != plan.y_stride:
+        dy = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=dy.dtype).copy_(dy)
+    gradients = [
+        torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype)
+        if wanted and operand is not None
+        else None
+        for operand, wanted in zip(operands, needed, strict=True)
+    ]
+    plan.kernels.backward(plan.flat, dy, *operands, y, *gradients)
+    return gradients
+
+
+class _AtOnce(torch.autograd.Function):
+    """(plan, five operands) -> y, without views between the caller's tensors and the kernel's."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *operands: Any) -> Tensor:
+        y = _run_at_once(plan, operands)
+        ctx.plan = plan
+        ctx.save_for_backward(*operands, y if _saves_output(plan.geometry) else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        plan: _Plan = ctx.plan
+        *operands, y = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if not torch.is_grad_enabled() and _is_quiet() and _are_plain((dy, *operands, y)):
+            return None, *_run_backward_at_once(plan, needed, dy, operands, y)
+        gradients = _gradients(
+            plan.geometry,
+            needed,
+            _image_from_caller(plan, dy),
+            _as_kernel_reads(plan, operands),
+            None if y is None else _image_from_caller(plan, y),
+        )
+        return None, *_as_caller_sees(plan, gradients)
 
 
 # ------------------------------------------------------------------------------------ the operators
@@ -1074,6 +1161,24 @@ def _primals(tensors: Sequence[Any]) -> list[Any]:
     return [None if tensor is None else unpack(tensor).primal for tensor in tensors]
 
 
+def _gradients(
+    geometry: Geometry,
+    needed: Sequence[bool],
+    dy: Tensor,
+    operands: Sequence[Any],
+    y: Tensor | None,
+) -> list[Any]:
+    """Gradients by the operands, None for those not needed; they can be differentiated again."""
+    wrt = tuple(position for position, wanted in enumerate(needed) if wanted)
+    differentiated = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    gradients: Sequence[Tensor]
+    if differentiated and not _is_multilinear(geometry):
+        gradients = _backward_in_parts(geometry, wrt, dy, operands)
+    else:
+        gradients = _backward(geometry, wrt, dy, operands, y)
+    return _replaced([None] * 5, wrt, gradients)
+
+
 class _Forward(torch.autograd.Function):
     """(geometry, five operands) -> y."""
 
@@ -1092,15 +1197,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         *operands, y = ctx.saved_tensors
-        wrt = tuple(i for i, needed in enumerate(ctx.needs_input_grad[-5:]) if needed)
-        g = ctx.geometry
-        differentiated = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
-        gradients: Sequence[Tensor]
-        if differentiated and not _is_multilinear(g):
-            gradients = _backward_in_parts(g, wrt, dy, operands)
-        else:
-            gradients = _backward(g, wrt, dy, operands, y)
-        return None, *_replaced([None] * 5, wrt, gradients)
+        return None, *_gradients(ctx.geometry, ctx.needs_input_grad[-5:], dy, operands, y)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
