@@ -98,6 +98,11 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
   }
+  if (kUnitRows) {
+    // Rows of a weight gradient are pages apart and in no register yet: they come meanwhile.
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * g.c_stride, 1);
+  }
   if (!kUnitRows && ahead_to) {
     MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
   } else if (!kUnitRows && ahead) {
