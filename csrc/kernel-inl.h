@@ -253,10 +253,68 @@ SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int
   }
 }
 
-template <typename T, int kPixels>
+// The same where each row of the window has kWindow neighbouring columns, one pixel apart: a column
+// is then loaded once for all pixels of the block that read it.
+template <typename T, int kPixels, int kVectors, int kWindow>
+SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<T>& d, int64_t pixel,
+                                         int64_t channel) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kVectors][kPixels];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<T> bias = d.bias ? Load(d.bias + channel + v * kL) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) sum[v][p] = bias;
+  }
+  const int64_t stride = d.source_stride;
+  const int64_t offset = pixel * stride + channel;
+  const T* next = d.taps[d.num_taps - 1].source + offset + kPixels * stride;
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) __builtin_prefetch(next + p * stride);
+  for (int64_t t = 0; t < d.num_taps; t += kWindow) {
+    const T* row = d.taps[t].source + offset;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<T> weight[kWindow];
+#pragma GCC unroll 8
+      for (int j = 0; j < kWindow; ++j) weight[j] = Load(d.taps[t + j].weight + channel + v * kL);
+#pragma GCC unroll 16
+      for (int column = 0; column < kPixels + kWindow - 1; ++column) {
+        const Vec<T> x = Load(row + column * stride + v * kL);
+#pragma GCC unroll 8
+        for (int j = 0; j < kWindow; ++j) {
+          if (column - j >= 0 && column - j < kPixels)
+            MultiplyAdd(sum[v][column - j], x, weight[j]);
+        }
+      }
+    }
+  }
+  T* out = d.out + pixel * d.out_stride + channel;
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) Store(out + p * d.out_stride + v * kL, sum[v][p]);
+  }
+}
+
+// Whether the taps are whole rows of `window` neighbouring columns.
+template <typename T>
+SEPCONV_INLINE bool IsWindow(const DepthwiseArgs<T>& d, int window) {
+  if (d.num_taps == 0 || d.num_taps % window != 0) return false;
+  for (int64_t t = 0; t < d.num_taps; ++t) {
+    if (t % window != 0 && d.taps[t].source != d.taps[t - 1].source + d.source_stride) return false;
+  }
+  return true;
+}
+
+template <typename T, int kPixels, int kWindow = 0>
 SEPCONV_INLINE void DepthwisePixels(const DepthwiseArgs<T>& d, int64_t pixel) {
   constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors;
   int64_t channel = 0;
+  if constexpr (kWindow > 0) {
+    for (; channel + kV * kL <= d.channels; channel += kV * kL)
+      DepthwiseWindowBlock<T, kPixels, kV, kWindow>(d, pixel, channel);
+  }
   for (; channel + kV * kL <= d.channels; channel += kV * kL) {
     DepthwiseBlock<T, kPixels, kV, true>(d, pixel, channel, kL);
   }
@@ -273,6 +331,13 @@ template <typename T>
 void Depthwise(const DepthwiseArgs<T>& d) {
   constexpr int kP = kTuning.depthwise_pixels;
   int64_t pixel = 0;
+  if (d.pixels >= kP) {
+    if (IsWindow(d, 3)) {
+      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP, 3>(d, pixel);
+    } else if (IsWindow(d, 5)) {
+      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP, 5>(d, pixel);
+    }
+  }
   for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP>(d, pixel);
   for (; pixel < d.pixels; ++pixel) DepthwisePixels<T, 1>(d, pixel);
 }
