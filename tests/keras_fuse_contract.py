@@ -361,6 +361,19 @@ def test_a_separable_layer_takes_what_stands_around_it():
     assert_same(net, stock, batch(2, 12, 10, 3))
 
 
+def test_layers_of_ours_take_what_stands_around_them():
+    # What `sepconv.load` makes of a file of Keras 2.
+    model = functional(
+        SeparableConv2D(6, 3, padding="same", use_bias=False),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+    )
+    fused, report = sepconv.fuse(model, inference=True)
+    assert [type(layer) for layer in fused.layers[1:]] == [SeparableConv2D]
+    assert len(report.swapped) == 1
+    assert_same(model, fused, batch(2, 12, 10, 3))
+
+
 def test_what_training_needs_is_not_folded():
     net = functional(STOCK(4, 3), layers.BatchNormalization(), layers.ReLU())
     model, report = sepconv.fuse(net)

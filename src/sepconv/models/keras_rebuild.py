@@ -46,6 +46,7 @@ class Rebuilding:
         self._held_class = held_class
         self._accepts = accepts
         self._done: dict[int, _Sequence] = {}
+        self._replaced: set[int] = set()
         self._copies: list[tuple[Any, Any]] = []
         """Every layer or model with its copy, outer ones before those inside."""
         self.changed: list[Any] = []
@@ -72,7 +73,8 @@ class Rebuilding:
         for old, copy in self._copies:
             # A model sets what is inside, so the layers inside come after it.
             copy.trainable = old.trainable
-            if not has_graph(old) and type(copy) is type(old):
+            # What stands in the place of another layer gets its weights from who made it.
+            if not has_graph(old) and id(old) not in self._replaced and type(copy) is type(old):
                 self._fill(old, copy)
         return new
 
@@ -80,7 +82,9 @@ class Rebuilding:
         if id(operation) not in self._done:
             place = len(self._copies)
             members = self._replacement(operation)
-            if members is None:
+            if members is not None:
+                self._replaced.add(id(operation))
+            else:
                 is_graph = has_graph(operation)
                 members = [self._with_graph(operation) if is_graph else _copy(operation)]
             self._done[id(operation)] = _Sequence(members)
