@@ -7,7 +7,9 @@ import importlib
 import io
 import math
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -553,3 +555,8 @@ def test_a_small_run_times_doors_and_peers_and_tells_who_is_missing(tmp_path):
         assert result.fma_peak_gflops > 0
     assert {"jax", "torch", "cpu", "sepconv"} <= set(found.facts)
     assert target.exists()
+
+
+def test_the_readme_has_the_tables_of_the_published_run():
+    tool = Path(__file__).parents[1] / "tools/readme_tables.py"
+    subprocess.run([sys.executable, tool, "--check"], check=True)
