@@ -25,7 +25,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
 .PHONY: help demo test pytest networks cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
-  lint format bench bench-peers clean distclean
+  lint format docs bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -35,6 +35,7 @@ help:
 	@echo "make networks      fetch the published networks that the tests build"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite files the way lint wants them"
+	@echo "make docs          build the documentation site: reports/site/index.html"
 	@echo "make bench         time every door against the frameworks: reports/bench/index.html"
 	@echo "make bench-peers   the same on all layers against all inference engines as well (hours)"
 	@echo "make cpp-test      the C++ test of the core alone"
@@ -111,6 +112,9 @@ format: $(VENV)/stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/stamp-dev
+	$(BIN)/mkdocs build
+
 bench: $(VENV)/stamp-dev $(VENV)/stamp-package $(ORACLE)/stamp
 	$(BIN)/sepconv bench $(BENCH_ARGS)
 
@@ -144,7 +148,7 @@ $(VENV)/stamp-torch: requirements/torch.txt $(VENV)/stamp-venv
 	$(BIN)/python $(PIP_INSTALL) -r requirements/torch.txt
 	touch $@
 
-$(VENV)/stamp-dev: requirements/dev.txt $(VENV)/stamp-torch $(VENV)/stamp-demo
+$(VENV)/stamp-dev: requirements/dev.txt requirements/docs.txt requirements/models.txt $(VENV)/stamp-torch $(VENV)/stamp-demo
 	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
 	touch $@
 
