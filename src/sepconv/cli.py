@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sepconv
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ModuleNotFoundError as _error:
     # The library does without them; whoever calls the command wants to know how to get them.
     raise SystemExit(
@@ -25,7 +27,6 @@ app = typer.Typer(
     name="sepconv",
     help="Depthwise-separable 2-D convolution as one operation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -59,6 +60,29 @@ def _plain_errors(context: typer.Context) -> Iterator[None]:
         message = str(error) or type(error).__name__
         typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Shows on a terminal that something goes on; standard output is for the answer."""
+    with Console(stderr=True).status(escape(what)):
+        yield
+
+
+def _answer(facts: Any, shown: str | Iterable[Any], as_json: bool) -> None:
+    if as_json:
+        print(facts if isinstance(facts, str) else dumps(facts, indent=2))
+    elif isinstance(shown, str):
+        print(shown)
+    else:
+        console = Console()
+        # A file of names is not cut at the width of a terminal that is not there.
+        console = console if console.is_terminal else Console(width=200)
+        for table in shown:
+            console.print(table)
 
 
 @app.command()
@@ -188,9 +212,113 @@ def bench(
             measure_and_report(plan, console, csv, page, door=door[0] if door else None)
 
 
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A model, weights, or a checkpoint.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="Ends in .keras, .weights.h5, .onnx, .safetensors, .pt or .pth."),
+    ],
+    layout: Annotated[
+        str | None,
+        typer.Option(help="keras or torch: names and axes of separable convolutions."),
+    ] = None,
+    moving_averages: Annotated[
+        bool, typer.Option("--moving-averages", help="Take these in place of the weights.")
+    ] = False,
+    optimizer_slots: Annotated[
+        bool, typer.Option("--optimizer-slots", help="Keep the state of training as well.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+    json: _Json = False,
+) -> None:
+    """Write a model or weights in another format."""
+    with _plain_errors(context), _working(f"{source} to {target}"):
+        from sepconv.models.convert import convert as run
+
+        names = run(
+            source,
+            target,
+            layout=layout,
+            moving_averages=moving_averages,
+            optimizer_slots=optimizer_slots,
+            overwrite=overwrite,
+        )
+    _answer({"target": str(target), "tensors": names}, f"{target}: {len(names)} tensors", json)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A model, weights, or a checkpoint.")],
+    json: _Json = False,
+) -> None:
+    """Show the layers and variables of a file."""
+    with _plain_errors(context):
+        from sepconv.commands.show import contents_tables
+        from sepconv.models.inspect import inspect as run
+
+        with _working(str(file)):
+            contents = run(file)
+        _answer(contents.facts(), contents_tables(contents), json)
+
+
+@app.command()
+def fuse(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A model of Keras.")],
+    target: Annotated[Path, typer.Argument(help="A .keras file.")],
+    inference: Annotated[
+        bool, typer.Option("--inference", help="Fold batch norms and activations.")
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Name of a layer that stays. Repeatable.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative difference of the outputs.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+    json: _Json = False,
+) -> None:
+    """Put fused layers into a model of Keras; report what was swapped and what was not."""
+    with _plain_errors(context):
+        from sepconv.models.convert import fuse_file
+
+        with _working(f"{source} to {target}"):
+            report = fuse_file(
+                source,
+                target,
+                inference=inference,
+                exclude=exclude or (),
+                tolerance=tolerance,
+                overwrite=overwrite,
+            )
+        _answer(report.to_json(), str(report), json)
+
+
+@app.command()
+def doctor(context: typer.Context, json: _Json = False) -> None:
+    """Tell what runs on this machine, and why something does not."""
+    with _plain_errors(context):
+        from sepconv.commands.show import health_tables
+        from sepconv.doctor import examine
+
+        with _working("asking the frameworks"):
+            health = examine()
+        _answer(health.facts(), health_tables(health), json)
+    if health.native_fault is not None:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Runs the command with the arguments of the process."""
-    app()
+    # Also for the name of the variable that completion looks at, however it was called.
+    app(prog_name="sepconv")
 
 
 if __name__ == "__main__":

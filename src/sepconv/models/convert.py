@@ -1,0 +1,273 @@
+"""Models and weights from one kind of file to another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sepconv.models.atomic import replacing
+from sepconv.models.fuse import fuse
+from sepconv.models.load import holds_model, load
+from sepconv.models.report import Report
+from sepconv.models.tensors import is_optimizer_slot, read_tensors, write_tensors
+from sepconv.models.weights import (
+    chosen_tensors,
+    depthwise_to_torch,
+    pointwise_to_torch,
+    separable_weights,
+)
+
+__all__ = ["LAYOUTS", "check_target", "convert", "fuse_file", "tensors_of", "translated"]
+
+Array = npt.NDArray[Any]
+
+LAYOUTS = ("keras", "torch")
+"""Names and axes of the weights of separable convolutions."""
+
+_MODEL_ENDINGS = (".keras", ".weights.h5", ".onnx")
+_TENSOR_ENDINGS = (".safetensors", ".pt", ".pth")
+_KERAS_WORDS = (
+    ("depthwise_kernel", "pointwise_kernel", "bias"),
+    ("depthwise_weights", "pointwise_weights", "biases"),
+    ("vars/0", "vars/1", "vars/2"),
+)
+_TORCH_WORDS = ("depthwise.weight", "depthwise.bias", "pointwise.weight", "pointwise.bias")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    moving_averages: bool = False,
+    optimizer_slots: bool = False,
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Writes the model or the weights of a file in the format that the ending of `target` names.
+
+    A model becomes a model (`.keras`), its weights for Keras (`.weights.h5`), named tensors
+    (`.safetensors`, `.pt`, `.pth`) or, if it is one separable convolution, `.onnx`. Named tensors
+    become named tensors.
+
+    Args:
+        source: What `sepconv.load` reads.
+        target: The file to write; its folder must exist.
+        layout: Names and axes of separable convolutions among tensors: `"keras"`, `"torch"`, or
+            `None` for torch in files of torch, and as they are in others.
+        moving_averages: Whether to take moving averages in place of the weights.
+        optimizer_slots: Whether to keep what optimizers and moving averages have stored as well.
+        overwrite: Whether a file that exists is replaced.
+
+    Returns:
+        Names of the tensors that were written; of the weights for a model.
+
+    Raises:
+        FileExistsError: `target` exists, and `overwrite` is false.
+        FileNotFoundError: there is no `source`, or no folder for `target`.
+        ImportError: the package of a format is missing.
+        ValueError: `source` is damaged, or the conversion is none that is known.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> write_tensors(f"{folder}/a.safetensors", {"bias": np.ones(3, "float32")})
+        >>> convert(f"{folder}/a.safetensors", f"{folder}/b.safetensors")
+        ('bias',)
+    """
+    source, target = Path(source), Path(target)
+    ending = check_target(target, overwrite=overwrite)
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}. Received: {layout!r}")
+    if layout is not None and ending not in _TENSOR_ENDINGS:
+        raise ValueError(f"`layout` is for files of tensors. Received: {layout!r} for {target}")
+    if moving_averages and optimizer_slots:
+        raise ValueError("`moving_averages` and `optimizer_slots` exclude each other")
+    model = load(source) if holds_model(source) else None
+    if ending in _TENSOR_ENDINGS:
+        tensors = read_tensors(source) if model is None else tensors_of(model)
+        if not optimizer_slots:
+            tensors = chosen_tensors(tensors, moving_averages=moving_averages)
+        chosen = layout or ("torch" if ending != ".safetensors" else None)
+        tensors = tensors if chosen is None else translated(tensors, chosen)
+        write_tensors(target, tensors)
+        return tuple(tensors)
+    if model is None:
+        raise ValueError(
+            f"{source}: holds tensors and no model, which {ending} needs. "
+            f"They can become {', '.join(_TENSOR_ENDINGS)}"
+        )
+    if moving_averages or optimizer_slots:
+        raise ValueError(
+            "`moving_averages` and `optimizer_slots` choose among tensors. "
+            f"Received: {source}, a model, for {target}"
+        )
+    if ending == ".onnx":
+        _export_onnx(source, model, target)
+    else:
+        with replacing(target) as beside:
+            model.save(beside) if ending == ".keras" else model.save_weights(beside)
+    return tuple(variable.path for variable in model.weights)
+
+
+def fuse_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    inference: bool = False,
+    exclude: Any = (),
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Writes the model of a file with fused layers, as a `.keras` file.
+
+    Args:
+        source: A model of Keras.
+        target: The file to write; its folder must exist.
+        inference: As in `sepconv.fuse`, like the two that follow.
+        exclude: As there.
+        tolerance: As there.
+        overwrite: Whether a file that exists is replaced.
+
+    Returns:
+        What was swapped and what was not.
+
+    Raises:
+        FileExistsError: `target` exists, and `overwrite` is false.
+        FileNotFoundError: there is no `source`, or no folder for `target`.
+        ImportError: the package of a format is missing.
+        ValueError: `source` holds no model or is damaged, or as `sepconv.fuse`.
+    """
+    source, target = Path(source), Path(target)
+    if check_target(target, overwrite=overwrite) != ".keras":
+        raise ValueError(f"`target` must end in .keras. Received: {target}")
+    if not holds_model(source):
+        raise ValueError(f"{source}: holds tensors and no model")
+    model, report = fuse(
+        load(source, fused=False), inference=inference, exclude=exclude, tolerance=tolerance
+    )
+    with replacing(target) as beside:
+        model.save(beside)
+    return report
+
+
+def check_target(target: Path, *, overwrite: bool) -> str:
+    """Returns the ending of a file that may be written.
+
+    Raises:
+        FileExistsError: it exists, and `overwrite` is false.
+        FileNotFoundError: there is no such folder.
+        ValueError: the ending is unknown.
+    """
+    endings = (*_MODEL_ENDINGS, *_TENSOR_ENDINGS)
+    ending = next((each for each in endings if target.name.lower().endswith(each)), None)
+    if ending is None:
+        raise ValueError(f"`target` must end in one of {', '.join(endings)}. Received: {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise FileExistsError(f"{target}: exists, and is not replaced unless that is asked for")
+    return ending
+
+
+def tensors_of(model: Any) -> dict[str, Array]:
+    """Returns the weights of a Keras model by their paths, such as `net/sep/depthwise_kernel`.
+
+    Raises:
+        ValueError: two weights have the same path.
+    """
+    tensors: dict[str, Array] = {}
+    for variable in model.weights:
+        if variable.path in tensors:
+            raise ValueError(f"The model has two weights of the name {variable.path!r}")
+        tensors[variable.path] = np.asarray(variable.numpy())
+    return tensors
+
+
+def translated(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
+    """Returns tensors with the names and axes of another framework for separable convolutions.
+
+    `scope/depthwise_kernel`, `scope/pointwise_kernel` and `scope/bias`, or their names in slim,
+    become `scope.depthwise.weight`, `scope.pointwise.weight` and `scope.pointwise.bias` for
+    `"torch"`, and these become those for `"keras"`. All other tensors stay as they are. A weight of
+    torch does not tell how many of its channels come from one: for Keras it gets a depth multiplier
+    of 1.
+
+    Args:
+        tensors: By name.
+        layout: One of `LAYOUTS`.
+
+    Raises:
+        ValueError: a depthwise bias, which Keras does not have; or shapes that do not fit.
+
+    Example:
+        >>> names = {"sep/depthwise_kernel": np.ones((3, 3, 4, 1)),
+        ...          "sep/pointwise_kernel": np.ones((1, 1, 4, 5))}
+        >>> {name: array.shape for name, array in translated(names, "torch").items()}
+        {'sep.depthwise.weight': (4, 1, 3, 3), 'sep.pointwise.weight': (5, 4, 1, 1)}
+    """
+    # Slots of optimizers stay: they have no layout that is known.
+    weights = {name: array for name, array in tensors.items() if not is_optimizer_slot(name)}
+    replaced: dict[str, dict[str, Array]] = {}
+    consumed: set[str] = set()
+    for layer, found in separable_weights(weights).items():
+        of_torch = [name for word in _TORCH_WORDS if (name := _joined(layer, ".", word)) in weights]
+        of_keras = next(
+            (
+                [name for word in words if (name := _joined(layer, "/", word)) in weights]
+                for words in _KERAS_WORDS
+                if _joined(layer, "/", words[0]) in weights
+            ),
+            [],
+        )
+        names = of_keras if layout == "torch" else of_torch
+        if not names:
+            continue
+        if layout == "torch":
+            scope = layer.replace("/", ".")
+            new = {
+                _joined(scope, ".", "depthwise.weight"): depthwise_to_torch(found.depthwise_kernel),
+                _joined(scope, ".", "pointwise.weight"): pointwise_to_torch(found.pointwise_kernel),
+            }
+            if found.bias is not None:
+                new[_joined(scope, ".", "pointwise.bias")] = found.bias
+        else:
+            if found.depthwise_bias is not None:
+                raise ValueError(f"{layer!r} has a depthwise bias, which Keras does not have")
+            scope = layer.replace(".", "/")
+            new = {
+                _joined(scope, "/", "depthwise_kernel"): found.depthwise_kernel,
+                _joined(scope, "/", "pointwise_kernel"): found.pointwise_kernel,
+            }
+            if found.bias is not None:
+                new[_joined(scope, "/", "bias")] = found.bias
+        replaced[names[0]] = new
+        consumed.update(names)
+    result: dict[str, Array] = {}
+    for name, array in tensors.items():
+        new = replaced.get(name, {} if name in consumed else {name: array})
+        for key, value in new.items():
+            if key in result:
+                raise ValueError(f"Two tensors would have the name {key!r}")
+            result[key] = value
+    return result
+
+
+def _joined(scope: str, mark: str, word: str) -> str:
+    return f"{scope}{mark}{word}" if scope else word
+
+
+def _export_onnx(source: Path, model: Any, target: Path) -> None:
+    from sepconv.models.onnx import export_onnx
+
+    layers = [layer for layer in model.layers if type(layer).__name__ != "InputLayer"]
+    if len(layers) != 1 or type(layers[0]).__name__ != "SeparableConv2D":
+        raise ValueError(
+            f"{source}: only a model of one SeparableConv2D becomes .onnx; this one has "
+            f"{len(layers)} layers: {', '.join(type(layer).__name__ for layer in layers[:8])}"
+        )
+    export_onnx(layers[0], target, input_shape=model.inputs[0].shape)

@@ -1,0 +1,219 @@
+"""The verbs for files and for the machine, as a shell calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sepconv import machine
+from sepconv.cli import app
+from sepconv.demo import data
+from sepconv.models.tensors import read_tensors, write_tensors
+
+
+def call(*arguments, code=0):
+    """A verb that needs no Keras, in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def shell(*arguments, code=0, **environment):
+    """A verb in a process of its own, where it chooses the backend of Keras."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sepconv.cli", *map(str, arguments)],
+        env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights with the names of Keras, of slim, and of an optimizer."""
+    rng = np.random.default_rng(3)
+    path = tmp_path / "weights.safetensors"
+    shapes = {
+        "net/sep/depthwise_kernel": (3, 5, 4, 2),
+        "net/sep/pointwise_kernel": (1, 1, 8, 6),
+        "net/sep/bias": (6,),
+        "slim/depthwise_weights": (3, 3, 4, 1),
+        "slim/pointwise_weights": (1, 1, 4, 2),
+        "slim/biases": (2,),
+        "net/sep/bias/Adam": (6,),
+        "dense/kernel": (6, 2),
+    }
+    tensors = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    write_tensors(path, tensors)
+    return path, tensors
+
+
+def test_convert_translates_names_and_axes_there_and_back(weights, tmp_path):
+    path, tensors = weights
+    there, back = tmp_path / "there.pt", tmp_path / "back.safetensors"
+    call("convert", path, there)
+    of_torch = read_tensors(there)
+    assert set(of_torch) == {
+        *(f"net.sep.{name}" for name in ("depthwise.weight", "pointwise.weight", "pointwise.bias")),
+        *(f"slim.{name}" for name in ("depthwise.weight", "pointwise.weight", "pointwise.bias")),
+        "dense/kernel",
+    }
+    kernel = tensors["net/sep/depthwise_kernel"]
+    expected = np.moveaxis(kernel, (2, 3), (0, 1)).reshape(8, 1, 3, 5)
+    np.testing.assert_array_equal(of_torch["net.sep.depthwise.weight"], expected)
+    answer = json.loads(call("convert", there, back, "--layout", "keras", "--json").stdout)
+    assert answer["target"] == str(back)
+    found = read_tensors(back)
+    assert set(answer["tensors"]) == set(found)
+    for name in ("pointwise_kernel", "bias"):
+        np.testing.assert_array_equal(found[f"net/sep/{name}"], tensors[f"net/sep/{name}"])
+    # The weight of torch does not tell how many of its channels come from one.
+    np.testing.assert_array_equal(found["net/sep/depthwise_kernel"], kernel.reshape(3, 5, 8, 1))
+    np.testing.assert_array_equal(found["slim/bias"], tensors["slim/biases"])
+
+
+def test_convert_keeps_the_state_of_training_on_request(weights, tmp_path):
+    path, tensors = weights
+    target = tmp_path / "all.safetensors"
+    call("convert", path, target, "--optimizer-slots")
+    assert set(read_tensors(target)) == set(tensors)
+
+
+def test_a_file_that_exists_is_replaced_on_request_only(weights, tmp_path):
+    path, _ = weights
+    target = tmp_path / "there.safetensors"
+    target.write_bytes(b"mine")
+    result = call("convert", path, target, code=1)
+    assert "exists" in result.stderr
+    assert target.read_bytes() == b"mine"
+    call("convert", path, target, "--overwrite")
+    assert "net/sep/bias" in read_tensors(target)
+
+
+HOSTILE = {
+    "truncated.safetensors": b"\xff\x00\x00\x00\x00\x00\x00\x00{",
+    "pickle.pt": pickle.dumps(os.system),
+    "empty.h5": b"",
+    "text.keras": b"PK no archive",
+    "unknown.bin": b"?",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("verb", ["convert", "inspect", "fuse"])
+def test_a_hostile_file_is_one_line_and_leaves_nothing(verb, name, tmp_path):
+    source, target = tmp_path / name, tmp_path / "out.keras"
+    source.write_bytes(HOSTILE[name])
+    arguments = [verb, source] if verb == "inspect" else [verb, source, target]
+    result = call(*arguments, code=1)
+    assert result.stdout == ""
+    line = result.stderr.strip()
+    assert line.startswith("error: ")
+    assert name in line.replace("\n", "")
+    assert "Traceback" not in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["out.tar"], "must end in"),
+        (["out.keras"], "holds tensors and no model"),
+        (["out.pt", "--layout", "onnx"], "`layout` must be one of"),
+        (["out.pt", "--moving-averages", "--optimizer-slots"], "exclude each other"),
+        (["no/such/out.pt"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_converted_says_why(arguments, reason, weights, tmp_path):
+    path, _ = weights
+    target, *options = arguments
+    result = call("convert", path, tmp_path / target, *options, code=1)
+    assert reason in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_usage_and_traces(weights):
+    assert call("convert", code=2).stdout == ""
+    result = CliRunner().invoke(app, ["--debug", "inspect", "no-such-file.keras"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_inspect_shows_tensors_and_their_role(weights, tmp_path):
+    path, tensors = weights
+    facts = json.loads(call("inspect", path, "--json").stdout)
+    assert facts["layers"] == []
+    roles = {each["name"]: each["role"] for each in facts["variables"]}
+    assert roles.pop("net/sep/bias/Adam") == "optimizer slot"
+    assert set(roles.values()) == {"weight"}
+    assert {each["bytes"] for each in facts["variables"]} == {a.nbytes for a in tensors.values()}
+    text = call("inspect", path).stdout
+    assert "3x5x4x2" in text
+    # What a file says is text, and no command for the terminal.
+    odd = tmp_path / "odd.safetensors"
+    write_tensors(odd, {"[red]\x1b[2Jname": np.ones(2, np.float32)})
+    assert "[red]?[2Jname" in call("inspect", odd).stdout
+
+
+def test_a_published_model_is_inspected_fused_and_converted(tmp_path):
+    source = data.emotion_model_path()
+    fused, tensors = tmp_path / "fused.keras", tmp_path / "weights.safetensors"
+    facts = json.loads(shell("inspect", source, "--json").stdout)
+    separable = [layer for layer in facts["layers"] if layer["kind"] == "SeparableConv2D"]
+    assert len(separable) == 8
+    # 3x3 pixels of 8 channels, then 8 to 16, at 60x60 positions.
+    assert separable[0]["macs"] == 60 * 60 * (9 * 8 + 8 * 16)
+    assert separable[0]["parameters"] == 9 * 8 + 8 * 16
+    report = json.loads(shell("fuse", source, fused, "--inference", "--json").stdout)
+    assert len(report["candidates"]) == 8
+    assert all(candidate["reason"] is None for candidate in report["candidates"])
+    shell("convert", fused, tensors)
+    kernels = [name for name in read_tensors(tensors) if name.endswith("/depthwise_kernel")]
+    assert len(kernels) == 8
+    refused = shell("convert", fused, tmp_path / "net.onnx", code=1)
+    assert "only a model of one SeparableConv2D becomes .onnx" in refused.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {fused.name, tensors.name}
+
+
+def test_doctor_tells_what_runs():
+    facts = json.loads(shell("doctor", "--json").stdout)
+    assert facts["native_fault"] is None
+    assert facts["target"] in facts["targets"]
+    assert facts["packages"]["numpy"] == np.__version__
+    found = {door["name"]: door["reason"] for door in facts["doors"]}
+    assert found == {"numpy": "", "jax": "", "torch": "", "keras": ""}
+    # A door that cannot run says why, and the others are not concerned.
+    other = json.loads(shell("doctor", "--json", KERAS_BACKEND="no-such-backend").stdout)
+    reasons = {door["name"]: door["reason"] for door in other["doors"]}
+    assert reasons.pop("keras") != ""
+    assert set(reasons.values()) == {""}
+    assert machine.cpu_name() in shell("doctor").stdout
+
+
+def test_a_machine_without_the_native_kernel_is_unhealthy(tmp_path):
+    program = (
+        "import sys; sys.modules['sepconv._native'] = None\n"
+        "from sepconv.doctor import examine\n"
+        "health = examine()\n"
+        "assert health.native_fault, health\n"
+        "assert all('native kernel' in door.reason for door in health.doors)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_shell_gets_its_completion():
+    script = shell(_SEPCONV_COMPLETE="source_bash")
+    assert "complete" in script.stdout
+    found = shell(
+        _SEPCONV_COMPLETE="complete_bash", COMP_WORDS="sepconv con", COMP_CWORD="1"
+    ).stdout.split()
+    assert "convert" in found
