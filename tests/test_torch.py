@@ -596,6 +596,27 @@ def test_the_short_way_equals_the_long_way(activation, data_format):
         assert_close(other, results[0], 0.0)
 
 
+def test_the_two_convolutions_of_torch_where_no_window_reaches_the_image():
+    # Found by the audit: more was cut off below than the image has rows.
+    problem = Problem(
+        spec=ConvSpec(strides=(3, 1), padding=((3, 0), (1, 0))),
+        batch=1,
+        height=1,
+        width=6,
+        channels=2,
+        depth_multiplier=2,
+        kernel_size=(2, 2),
+        filters=3,
+        use_bias=True,
+    )
+    function, args, dy = prepared(problem)
+    inputs, others = tracked(args), tracked(args)
+    y, other = function(*inputs), by_pair(problem)(*others)
+    assert_close(y, other)
+    gradients = torch.autograd.grad(y, inputs, dy, materialize_grads=True)
+    assert_close(gradients, torch.autograd.grad(other, others, dy, materialize_grads=True))
+
+
 def test_double_use_in_one_graph():
     problem = Problem(
         spec=ConvSpec(padding="same", activation="tanh", data_format="channels_first"),

@@ -1559,7 +1559,11 @@ def _composition(
     if g.pad_top - bottom not in range(g.stride_height) or (
         g.pad_left - right not in range(g.stride_width)
     ):  # Not what the convolution can do itself.
-        u = nn.functional.pad(u, (g.pad_left, right, g.pad_top, bottom))
+        # No more can be cut off than there is, not even of what the other side then adds.
+        bottom_cut, right_cut = max(0, -bottom - g.in_height), max(0, -right - g.in_width)
+        rows = (g.pad_top - bottom_cut, bottom + bottom_cut)
+        columns = (g.pad_left - right_cut, right + right_cut)
+        u = nn.functional.pad(u, (*columns, *rows))
         padding = (0, 0)
     u = nn.functional.conv2d(
         u,
