@@ -25,7 +25,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
 .PHONY: help demo test pytest networks cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
-  lint format docs bench bench-peers clean distclean
+  properties lint format docs bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -43,6 +43,7 @@ help:
 	@echo "make cpp-fuzz      any bytes as a call of the core, for FUZZ_SECONDS (needs clang)"
 	@echo "make cpp-valgrind  the C++ test under valgrind"
 	@echo "make cross-aarch64 the C++ test built for aarch64, under qemu (needs a cross compiler)"
+	@echo "make properties    20,000 random calls against the reference: docs/audit.md (10 minutes)"
 	@echo "make clean         remove builds, caches and reports (distclean: environments too)"
 
 demo: $(VENV)/stamp-package
@@ -100,6 +101,11 @@ cross-aarch64: $(VENV)/stamp-build
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/core_test --without-fork
+
+# A run that was cut short continues where it was; a case that failed is tried again.
+properties: $(VENV)/stamp-dev $(VENV)/stamp-package
+	PYTHONPATH=tests KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(BIN)/python -m properties.audit \
+	  --cases 20000 --journal reports/audit/journal.jsonl --page docs/audit.md
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .
