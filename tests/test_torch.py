@@ -26,9 +26,18 @@ from strategies import KINDS, Problem, odd_problem, problems, small_problem
 from torch import nn
 
 import sepconv.torch
-from sepconv import ConvSpec, _native, reference
+from sepconv import ConvSpec, _native, backends, reference
 from sepconv.spec import ACTIVATIONS
-from sepconv.torch import SeparableConv2d, separable_conv2d, separable_conv2d_keras, why_not
+from sepconv.torch import (
+    SeparableConv2d,
+    at_once,
+    operators,
+    plans,
+    separable_conv2d,
+    separable_conv2d_keras,
+    why_not,
+)
+from sepconv.torch.composition import activate, composition
 
 ROOT = Path(__file__).parent.parent
 # torch itself scripts some functions when it first differentiates forward, or compiles.
@@ -116,7 +125,7 @@ def by_pair(problem: Problem) -> Any:
     def operation(x: Any, depthwise: Any, pointwise: Any, bias: Any, **rest: Any) -> Any:
         g = problem.geometry._replace(layout=1)
         shape = (g.in_channels, g.depth_multiplier, g.kernel_height, g.kernel_width)
-        return sepconv.torch._composition(
+        return composition(
             g,
             x,
             depthwise.reshape(shape).permute(2, 3, 0, 1),
@@ -443,7 +452,7 @@ def test_slopes_at_kinks_are_those_of_the_reference(activation):
     slopes = [
         torch.autograd.grad(y, kinks, ones, retain_graph=True)[0],
         torch.autograd.grad(y, kinks, ones, create_graph=True)[0].detach(),
-        torch.autograd.grad(sepconv.torch._activate(code, kinks), kinks, ones)[0],
+        torch.autograd.grad(activate(code, kinks), kinks, ones)[0],
     ]
     for slope in slopes:
         np.testing.assert_allclose(slope.numpy(), expected, rtol=0, atol=1e-6)
@@ -559,8 +568,8 @@ def test_gradients_of_some_inputs_only(wanted, short, monkeypatch):
 
         return call
 
-    for name in ("_run_backward", "_run_backward_at_once"):
-        monkeypatch.setattr(sepconv.torch, name, noting(getattr(sepconv.torch, name)))
+    for room, name in ((operators, "run_backward"), (at_once, "run_backward_at_once")):
+        monkeypatch.setattr(room, name, noting(getattr(room, name)))
     chosen = [inputs[i] for i in sorted(wanted)]
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with contextlib.nullcontext() if short else hooks:
@@ -686,17 +695,17 @@ def test_vmap_is_a_loop(mapped):
 def test_vmap_of_the_input_is_one_call(monkeypatch):
     function, (x, *weights), _ = prepared(small_problem(activation="relu", use_bias=True))
     calls = []
-    for name in ("_run_forward", "_run_backward"):
-        inner = getattr(sepconv.torch, name)
+    for name in ("run_forward", "run_backward"):
+        inner = getattr(operators, name)
         monkeypatch.setattr(
-            sepconv.torch,
+            operators,
             name,
             lambda *args, name=name, inner=inner: calls.append(name) or inner(*args),
         )
     mapped = torch.func.vmap(lambda x: function(x, *weights))
     many = torch.stack([x, x, x]).requires_grad_()
     torch.autograd.grad(mapped(many).sum(), many)
-    assert calls == ["_run_forward", "_run_backward"]
+    assert calls == ["run_forward", "run_backward"]
 
 
 def test_a_tensor_that_left_its_transform_is_taken_as_what_it_holds():
@@ -792,8 +801,8 @@ def test_a_compiled_module_is_one_operator_forward_and_one_backward(memory_forma
     forward, backward = graphs.operators
     assert forward.count("sepconv.forward.default") == 1
     assert backward.count("sepconv.backward.default") == 1
-    for operators in graphs.operators:
-        names = {operator.split(".")[1] for operator in operators if operator.startswith("aten")}
+    for graph in graphs.operators:
+        names = {operator.split(".")[1] for operator in graph if operator.startswith("aten")}
         assert not names & {"convolution", "clone", "_to_copy", "contiguous", "empty"}, names
 
 
@@ -1241,8 +1250,8 @@ def test_without_a_kernel_the_pair_runs_and_why_not_says_so(memory_format, monke
     expected = layer(x)
     gradients = torch.autograd.grad(expected.sum(), list(layer.parameters()))
     refuse = lambda geometry, dtype, device: "no kernel today"  # noqa: E731
-    monkeypatch.setattr(sepconv.torch.backends, "why_not", refuse)
-    for cached in (sepconv.torch._torch_plan_cached, sepconv.torch._keras_plan_cached):
+    monkeypatch.setattr(backends, "why_not", refuse)
+    for cached in (plans.torch_plan_cached, plans.keras_plan_cached):
         cached.cache_clear()
     try:
         assert layer.why_not(x) == "no kernel today"
@@ -1254,7 +1263,7 @@ def test_without_a_kernel_the_pair_runs_and_why_not_says_so(memory_format, monke
             torch.autograd.grad(y.sum(), list(layer.parameters())), gradients, rtol=1e-4, atol=1e-4
         )
     finally:
-        for cached in (sepconv.torch._torch_plan_cached, sepconv.torch._keras_plan_cached):
+        for cached in (plans.torch_plan_cached, plans.keras_plan_cached):
             cached.cache_clear()
 
 
@@ -1363,7 +1372,14 @@ def test_the_page_runs(tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-def test_examples_run():
-    results = doctest.testmod(sepconv.torch, optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert results.attempted > 10
+@pytest.mark.parametrize("name", sepconv.torch.__all__)
+def test_examples_run(name):
+    finder = doctest.DocTestFinder()
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    # By hand: the module says that it is of the package, and its methods are of their file.
+    names = vars(sepconv.torch) | {"torch": torch}
+    for test in finder.find(getattr(sepconv.torch, name), name, module=False, globs=names):
+        runner.run(test)
+    results = runner.summarize()
+    assert results.attempted >= 3
     assert results.failed == 0

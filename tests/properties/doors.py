@@ -97,12 +97,12 @@ def by_torch(problem: Problem, arrays: Arrays) -> Results:
 
 def by_pair_of_torch(problem: Problem, arrays: Arrays) -> Results:
     """The same by torch's own two convolutions, which errors are compared with."""
-    import sepconv.torch
+    from sepconv.torch.composition import composition
 
     g = problem.geometry
 
     def operation(x: Any, kernel: Any, pointwise: Any, bias: Any, between: Any) -> Any:
-        return sepconv.torch._composition(g, x, kernel, pointwise, between, bias)
+        return composition(g, x, kernel, pointwise, between, bias)
 
     return _by_autograd(operation, arrays)
 

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from sepconv.models.exclusion import Exclusion
 from sepconv.models.report import Candidate, Report
 from sepconv.spec import ACTIVATIONS
-from sepconv.torch import _ACTIVATIONS, SeparableConv2d
+from sepconv.torch import SeparableConv2d
+from sepconv.torch.composition import ACTIVATION_FUNCTIONS
 
 __all__ = ["Absorbed", "fuse", "to_stock"]
 
@@ -453,7 +454,11 @@ def _activation_name(module: nn.Module) -> str | None:
     if name is None:
         return None
     x = torch.linspace(-8.0, 8.0, 97, dtype=torch.float64)
-    return name if torch.allclose(module(x.clone()), _ACTIVATIONS[name](x), atol=1e-9) else None
+    return (
+        name
+        if torch.allclose(module(x.clone()), ACTIVATION_FUNCTIONS[name](x), atol=1e-9)
+        else None
+    )
 
 
 def _after_norm(norm: nn.BatchNorm2d) -> str | None:
@@ -472,7 +477,9 @@ def _after_norm(norm: nn.BatchNorm2d) -> str | None:
     mean, var, epsilon = norm.running_mean, norm.running_var, norm.eps
     plain = nn.functional.batch_norm(x, mean, var, norm.weight, norm.bias, eps=epsilon)
     with torch.no_grad():
-        same = torch.allclose(norm(x.clone()), _ACTIVATIONS[name](plain), rtol=1e-4, atol=1e-5)
+        same = torch.allclose(
+            norm(x.clone()), ACTIVATION_FUNCTIONS[name](plain), rtol=1e-4, atol=1e-5
+        )
     return name if same else None
 
 
