@@ -578,12 +578,19 @@ def test_gradients_of_some_inputs_only(wanted, short, monkeypatch):
     assert asked == [len(wanted)]
 
 
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with gaps between them, in memory as no kernel reads it."""
+    return torch.stack([tensor.contiguous(), torch.zeros_like(tensor)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("moved", [(), (1, 2), (0, 3), range(5)])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("activation", ["linear", "relu", "silu"])
-def test_the_short_way_equals_the_long_way(activation, data_format):
+def test_the_short_way_equals_the_long_way(activation, data_format, moved):
     # A profiler wants to see every operator, and so has the long way taken.
     problem = small_problem(True, True, activation=activation, data_format=data_format)
     function, args, dy = prepared(problem)
+    args = [spread(arg) if i in moved else arg for i, arg in enumerate(args)]
     longer = torch.profiler.profile
     results = []
     for forward, backward in itertools.product((contextlib.nullcontext, longer), repeat=2):
@@ -598,8 +605,8 @@ def test_the_short_way_equals_the_long_way(activation, data_format):
         twice = torch.autograd.grad(function(*inputs), inputs, dy, create_graph=True)
         squares = sum((g * g).sum() for g in twice)
         second = torch.autograd.grad(squares, inputs, materialize_grads=True)
-        strides = [gradient.stride() for gradient in first]
-        assert strides == [tensor.stride() for tensor in inputs]
+        for i, (gradient, tensor) in enumerate(zip(first, inputs, strict=True)):
+            assert gradient.stride() == tensor.stride() or i in moved
         results.append((y.detach(), *first, *expanded, *second))
     for other in results[1:]:
         assert_close(other, results[0], 0.0)
@@ -1241,6 +1248,24 @@ def test_why_not():
     assert SeparableConv2d(2, 3, 3).why_not(x) is None
     with pytest.raises(ValueError, match="`stride` must be positive"):
         why_not(x, *weights, stride=0)
+
+
+def test_why_not_asks_about_the_call_that_the_layer_would_make(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "why_not", lambda *call: asked.append(call))
+    names = {"activation": "silu", "input_activation": "relu6", "depthwise_activation": "elu"}
+    arguments = {"stride": 2, "padding": ((0, 1), (2, 3)), "dilation": (2, 1), **names}
+    layer = SeparableConv2d(3, 5, (3, 2), depthwise_bias=True, **arguments)
+    assert layer.why_not(torch.ones(2, 3, 9, 8)) is None
+    shapes = (2, 3, 9, 8), (3, 2, 3, 1), (1, 1, 3, 5), (5,), (3,)
+    spec = ConvSpec(
+        strides=2,
+        padding=((0, 1), (2, 3)),
+        dilation_rate=(2, 1),
+        data_format="channels_first",
+        **names,
+    )
+    assert asked == [(spec.resolve(*shapes), "float32", "cpu")]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

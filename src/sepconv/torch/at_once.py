@@ -1,4 +1,4 @@
-"""The short way of a call whose tensors lie ready, when nobody is listening."""
+"""The short way of a call on the CPU, when nobody is listening."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from sepconv.torch.quiet import are_plain, is_quiet
 
 
 def run_at_once(plan: Plan, operands: Operands) -> Tensor:
-    """Fills the output from the caller's own tensors."""
+    """Fills the output, from the caller's own tensors where they lie as the kernel reads them."""
     x = operands[0]
     assert x is not None
     assert plan.kernels is not None
     y = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=x.dtype)
-    plan.kernels.forward(plan.flat, *operands, y)
+    plan.kernels.forward(plan.flat, *plan.laid_out(operands), y)
     return y
 
 
 def run_backward_at_once(
     plan: Plan, needed: Sequence[bool], dy: Tensor, operands: Operands, y: Tensor | None
 ) -> list[Tensor | None]:
-    """Fills gradients that lie like the operands; None where none is needed."""
+    """Fills gradients that lie like the operands, or as the kernel writes them."""
     assert plan.kernels is not None
+    operands = plan.laid_out(operands)
     if dy.stride() != plan.y_stride:
         dy = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=dy.dtype).copy_(dy)
     gradients = [

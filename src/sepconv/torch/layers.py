@@ -63,7 +63,7 @@ def keras_layer(
 
 
 def _called(plan: Plan, operands: tuple[Any, ...]) -> Tensor:
-    if plan.lies_ready and is_quiet() and are_plain(operands):
+    if plan.at_once and is_quiet() and are_plain(operands):
         if not torch.is_grad_enabled() or not any_requires_grad(operands):
             return run_at_once(plan, operands)
         # Whoever looks at what is saved shall see the same with a profiler and without one.

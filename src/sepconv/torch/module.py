@@ -165,6 +165,9 @@ class SeparableConv2d(nn.Module):
             padding=self.padding,
             dilation=self.dilation,
             depthwise_bias=self.depthwise.bias,
+            activation=self.activation,
+            input_activation=self.input_activation,
+            depthwise_activation=self.depthwise_activation,
         )
 
     @classmethod

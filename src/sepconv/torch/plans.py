@@ -38,12 +38,24 @@ class Plan(NamedTuple):
     y_shape: tuple[int, ...]
     y_stride: tuple[int, ...]
     """As the caller sees the output."""
-    lies_ready: bool
-    """Every tensor lies in memory as the kernel reads it."""
+    at_once: bool
+    """The kernels of the CPU can run it without the dispatcher of torch."""
+    moved: tuple[tuple[int, tuple[int, ...]], ...]
+    """Operands that lie in memory as no kernel reads them, with the strides that one reads."""
     from_torch: bool
     """The caller sees the layouts of torch, not those of Keras."""
     flat: npt.NDArray[np.int64] | None
     kernels: backends.Kernels | None
+
+    def laid_out(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands as the caller sees them, in memory as the kernel reads it."""
+        if not self.moved:
+            return operands
+        ready = list(operands)
+        for position, stride in self.moved:
+            own = operands[position]
+            ready[position] = torch.empty_strided(own.shape, stride, dtype=own.dtype).copy_(own)
+        return ready
 
     def as_kernel_reads(self, operands: Sequence[Any]) -> list[Any]:
         """Views of the caller's operands in the layouts of Keras."""
@@ -131,9 +143,7 @@ def torch_plan(device: str, *arguments: Any) -> Plan:
     dtype = _one_dtype(
         ("x", "depthwise_weight", "pointwise_weight", "depthwise_bias", "bias"), tensors
     )
-    (_, x, x_stride), (_, depthwise, depthwise_stride), (_, pointwise, pointwise_stride) = tensors[
-        :3
-    ]
+    (_, x, x_stride), (_, depthwise, _), (_, pointwise, _) = tensors[:3]
     if len(x) != 4:
         raise ValueError(
             "`x` must have 4 dimensions, (batch, channels, height, width), or 3 without the batch. "
@@ -176,18 +186,8 @@ def torch_plan(device: str, *arguments: Any) -> Plan:
     # The order of the axes in memory, as the kernel reads them.
     image_axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
     y_shape = _dealt(geometry.y_shape, image_axes)
-    return _finished(
-        geometry,
-        device,
-        dtype,
-        y_shape,
-        image_axes,
-        _is_dense(x, x_stride, image_axes)
-        and _is_dense(depthwise, depthwise_stride, DEPTHWISE_AXES)
-        and _is_dense(pointwise, pointwise_stride, POINTWISE_AXES),
-        tensors,
-        from_torch=True,
-    )
+    axes = (image_axes, DEPTHWISE_AXES, POINTWISE_AXES)
+    return _finished(geometry, device, dtype, y_shape, axes, tensors, from_torch=True)
 
 
 def keras_plan(
@@ -210,11 +210,8 @@ def keras_plan(
     )
     x, kernel, pointwise = (shape for _, shape, _ in tensors[:3])
     geometry = spec.resolve(x, kernel, pointwise, *_bias_shapes(tensors))
-    axes = (0, 1, 2, 3)
-    dense = all(_is_dense(shape, stride, axes) for _, shape, stride in tensors[:3])
-    return _finished(
-        geometry, device, dtype, geometry.y_shape, axes, dense, tensors, from_torch=False
-    )
+    axes = ((0, 1, 2, 3),) * 3
+    return _finished(geometry, device, dtype, geometry.y_shape, axes, tensors, from_torch=False)
 
 
 torch_plan_cached = functools.lru_cache(maxsize=4096)(torch_plan)
@@ -226,25 +223,29 @@ def _finished(
     device: str,
     dtype: torch.dtype,
     y_shape: tuple[int, ...],
-    y_axes: Positions,
-    dense: bool,
+    axes: tuple[Positions, ...],
     tensors: Sequence[Any],
     *,
     from_torch: bool,
 ) -> Plan:
     # On the meta device, tensors have shapes and no data: those that the CPU would give.
     refusal = backends.why_not(geometry, dtype_name(dtype), "cpu" if device == "meta" else device)
-    ready = refusal is None and device == "cpu" and all(type(size) is int for size in geometry)
-    ready = ready and dense and all(t is None or _is_dense(t[1], t[2], (0,)) for t in tensors[3:])
+    at_once = refusal is None and device == "cpu" and all(type(size) is int for size in geometry)
+    moved = [
+        (position, dense_stride(tensor[1], order))
+        for position, (tensor, order) in enumerate(zip(tensors, (*axes, (0,), (0,)), strict=True))
+        if at_once and tensor is not None and not _is_dense(tensor[1], tensor[2], order)
+    ]
     return Plan(
         geometry=geometry,
         refusal=refusal,
         y_shape=y_shape,
-        y_stride=dense_stride(y_shape, y_axes),
-        lies_ready=ready,
+        y_stride=dense_stride(y_shape, axes[0]),
+        at_once=at_once,
+        moved=tuple(moved),
         from_torch=from_torch,
-        flat=flat_geometry(geometry) if ready else None,
-        kernels=kernels_for(geometry, dtype_name(dtype), device) if ready else None,
+        flat=flat_geometry(geometry) if at_once else None,
+        kernels=kernels_for(geometry, dtype_name(dtype), device) if at_once else None,
     )
 
 
