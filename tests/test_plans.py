@@ -90,9 +90,9 @@ def test_threads_follow_the_setting_and_the_size():
 
 
 def test_a_call_that_no_kernel_runs_says_why():
-    plan = explain(SAME, (1, 8, 8, 8), 3, 16, device="cuda")
+    plan = explain(SAME, (1, 8, 8, 8), 3, 16, device="mps")
     assert plan.forward == {} == plan.backward
-    assert "the native kernel runs on the CPU" in plan.why_not
+    assert "run on cpu, cuda, and the data is on 'mps'" in plan.why_not
     assert plan.why_not in str(plan)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,12 +27,14 @@ class Backend:
 
     Attributes:
         name: What users call it.
-        refusal: (geometry, dtype name, device) -> `None`, or the reason why it cannot run the call.
+        device: Kind of device whose memory it reads and writes.
+        refusal: (geometry, dtype name) -> `None`, or the reason why it cannot run the call.
         load: Returns the kernels. They are loaded here, not before: asking `why_not` costs nothing.
     """
 
     name: str
-    refusal: Callable[[Geometry, str, str], str | None]
+    device: str
+    refusal: Callable[[Geometry, str], str | None]
     load: Callable[[], Kernels]
 
     def __post_init__(self) -> None:
@@ -40,11 +43,11 @@ class Backend:
 
 
 _NATIVE_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_TRITON_DTYPES = ("float32", "bfloat16", "float16")
+_TRITON_MOST_TAPS = 225
 
 
-def _native_refusal(geometry: Geometry, dtype: str, device: str) -> str | None:
-    if device != "cpu":
-        return f"the native kernel runs on the CPU, and the data is on {device!r}"
+def _native_refusal(geometry: Geometry, dtype: str) -> str | None:
     if dtype not in _NATIVE_DTYPES:
         return f"the native kernel computes {', '.join(_NATIVE_DTYPES)}, and the data is {dtype}"
     return None
@@ -56,8 +59,37 @@ def _load_native() -> Kernels:
     return Kernels(_native.forward, _native.backward)
 
 
-BACKENDS: tuple[Backend, ...] = (Backend("native", _native_refusal, _load_native),)
-"""In order of preference."""
+def _triton_refusal(geometry: Geometry, dtype: str) -> str | None:
+    if dtype not in _TRITON_DTYPES:
+        return f"the GPU kernel computes {', '.join(_TRITON_DTYPES)}, and the data is {dtype}"
+    taps = geometry.kernel_height * geometry.kernel_width
+    if taps > _TRITON_MOST_TAPS:
+        return f"the GPU kernel has at most {_TRITON_MOST_TAPS} taps, and this one {taps}"
+    if importlib.util.find_spec("triton") is None:
+        return "the GPU kernel needs the package triton, which is not installed"
+    return None
+
+
+def _load_triton() -> Kernels:
+    from sepconv.triton import launch
+
+    return Kernels(launch.forward, launch.backward)
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("native", "cpu", _native_refusal, _load_native),
+    Backend("triton", "cuda", _triton_refusal, _load_triton),
+)
+"""In order of preference. Those of other devices than that of a call are not asked."""
+
+
+def _refusals(geometry: Geometry, dtype: str, device: str) -> dict[str, str | None]:
+    """What each backend of a device says, by name."""
+    return {
+        backend.name: backend.refusal(geometry, dtype)
+        for backend in BACKENDS
+        if backend.device == device
+    }
 
 
 def why_not(geometry: Geometry, dtype: str, device: str = "cpu") -> str | None:
@@ -79,13 +111,13 @@ def why_not(geometry: Geometry, dtype: str, device: str = "cpu") -> str | None:
         >>> why_not(geometry, "int32")
         'the native kernel computes float32, float64, bfloat16, float16, and the data is int32'
     """
-    reasons = []
-    for backend in BACKENDS:
-        reason = backend.refusal(geometry, dtype, device)
-        if reason is None:
-            return None
-        reasons.append(reason)
-    return "; ".join(reasons)
+    refusals = _refusals(geometry, dtype, device)
+    if None in refusals.values():
+        return None
+    if not refusals:
+        devices = ", ".join(backend.device for backend in BACKENDS)
+        return f"the kernels of this library run on {devices}, and the data is on {device!r}"
+    return "; ".join(reason for reason in refusals.values() if reason is not None)
 
 
 def choose(geometry: Geometry, dtype: str, device: str = "cpu") -> Backend:
@@ -102,7 +134,8 @@ def choose(geometry: Geometry, dtype: str, device: str = "cpu") -> Backend:
     Raises:
         ValueError: every backend refuses; the message is that of `why_not`.
     """
+    refusals = _refusals(geometry, dtype, device)
     for backend in BACKENDS:
-        if backend.refusal(geometry, dtype, device) is None:
+        if refusals.get(backend.name, "") is None:
             return backend
     raise ValueError(f"No backend runs this call: {why_not(geometry, dtype, device)}")

@@ -547,6 +547,7 @@ def error_bounds(
     *,
     dy_error: AnyArray | float = 0.0,
     from_output: bool = False,
+    stages_stored: bool = False,
 ) -> tuple[Array, Gradients]:
     """Bounds |kernel - reference| for each element of the output and of the gradients.
 
@@ -567,6 +568,8 @@ def error_bounds(
         dy_error: How far the `dy` that the kernel receives may be from the one given here.
         from_output: Whether the backward kernel may take the slope of `activation` from the stored
             output, which matters in 16 bits.
+        stages_stored: Whether the kernel may also store u and z before their activations, and dz
+            and dv, as a network of separate layers does.
 
     Returns:
         (bound of y, bounds of the gradients), each in the shape of what it bounds.
@@ -581,16 +584,20 @@ def error_bounds(
     )
     taps, pixels = g.kernel_height * g.kernel_width, g.batch * g.out_height * g.out_width
 
+    def between(result: _Approximation) -> _Approximation:
+        return arithmetic.stored(result) if stages_stored else result
+
     a = arithmetic.activate(g.input_activation, exact_x)
     u = arithmetic.contract(
         lambda left, right: _depthwise(g, left, right), taps, a, kernel, _float64(depthwise_bias)
     )
+    u = between(u)
     v = arithmetic.stored(arithmetic.activate(g.depthwise_activation, u))
     z = arithmetic.contract(_pointwise, g.depthwise_channels, v, pointwise, _float64(bias))
-    y = arithmetic.activate(g.activation, z)
+    y = arithmetic.activate(g.activation, between(z))
 
-    dz = arithmetic.multiply(received_dy, arithmetic.slope(g.activation, z, from_output))
-    dv = arithmetic.contract(_pointwise_to_input, g.out_channels, dz, pointwise)
+    dz = between(arithmetic.multiply(received_dy, arithmetic.slope(g.activation, z, from_output)))
+    dv = between(arithmetic.contract(_pointwise_to_input, g.out_channels, dz, pointwise))
     du = arithmetic.stored(arithmetic.multiply(dv, arithmetic.slope(g.depthwise_activation, u)))
     da = arithmetic.contract(
         lambda left, right: _depthwise_to_input(g, left, right),

@@ -1,4 +1,4 @@
-"""The short way of a call on the CPU, when nobody is listening."""
+"""The short way of a call, when nobody is listening."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_at_once(plan: Plan, operands: Operands) -> Tensor:
     x = operands[0]
     assert x is not None
     assert plan.kernels is not None
-    y = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=x.dtype)
+    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
     plan.kernels.forward(plan.flat, *plan.laid_out(operands), y)
     return y
 
@@ -31,9 +31,9 @@ def run_backward_at_once(
     assert plan.kernels is not None
     operands = plan.laid_out(operands)
     if dy.stride() != plan.y_stride:
-        dy = torch.empty_strided(plan.y_shape, plan.y_stride, dtype=dy.dtype).copy_(dy)
+        dy = dy.new_empty_strided(plan.y_shape, plan.y_stride).copy_(dy)
     gradients = [
-        torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype)
+        operand.new_empty_strided(operand.shape, operand.stride())
         if wanted and operand is not None
         else None
         for operand, wanted in zip(operands, needed, strict=True)

@@ -24,8 +24,12 @@ from sepconv.torch.operators import Operands, Positions
 from sepconv.torch.quiet import are_plain, is_quiet, is_wrapped
 
 
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cpu or tensor.is_cuda
+
+
 def _forward_below_autograd(geometry: Geometry, operands: Sequence[Any]) -> Tensor:
-    if is_quiet() and are_plain(operands) and operands[0].is_cpu:
+    if is_quiet() and are_plain(operands) and _has_kernels(operands[0]):
         arguments: Any = (*operands, geometry)
         return operators.run_forward(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -35,7 +39,7 @@ def _forward_below_autograd(geometry: Geometry, operands: Sequence[Any]) -> Tens
 def _backward_below_autograd(
     geometry: Geometry, wrt: Positions, dy: Tensor, operands: Sequence[Any], y: Tensor | None
 ) -> list[Tensor]:
-    if is_quiet() and are_plain((dy, *operands, y)) and dy.is_cpu:
+    if is_quiet() and are_plain((dy, *operands, y)) and _has_kernels(dy):
         arguments: Any = (*operands, y, geometry, wrt)
         return operators.run_backward(dy, *arguments)
     with torch._C._AutoDispatchBelowAutograd():

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     y_stride: tuple[int, ...]
     """As the caller sees the output."""
     at_once: bool
-    """The kernels of the CPU can run it without the dispatcher of torch."""
+    """The kernels can run it without the dispatcher of torch."""
     moved: tuple[tuple[int, tuple[int, ...]], ...]
     """Operands that lie in memory as no kernel reads them, with the strides that one reads."""
     from_torch: bool
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
         ready = list(operands)
         for position, stride in self.moved:
             own = operands[position]
-            ready[position] = torch.empty_strided(own.shape, stride, dtype=own.dtype).copy_(own)
+            ready[position] = own.new_empty_strided(own.shape, stride).copy_(own)
         return ready
 
     def as_kernel_reads(self, operands: Sequence[Any]) -> list[Any]:
@@ -230,7 +230,7 @@ def _finished(
 ) -> Plan:
     # On the meta device, tensors have shapes and no data: those that the CPU would give.
     refusal = backends.why_not(geometry, dtype_name(dtype), "cpu" if device == "meta" else device)
-    at_once = refusal is None and device == "cpu" and all(type(size) is int for size in geometry)
+    at_once = refusal is None and device != "meta" and all(type(size) is int for size in geometry)
     moved = [
         (position, dense_stride(tensor[1], order))
         for position, (tensor, order) in enumerate(zip(tensors, (*axes, (0,), (0,)), strict=True))

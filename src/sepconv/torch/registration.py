@@ -31,7 +31,7 @@ def from_schema(word: str, amounts: Sequence[int]) -> Padding:
 
 
 # Of the devices on which `sepconv.backends` has a kernel.
-_DISPATCH_KEYS = ("CPU",)
+_DISPATCH_KEYS = ("CPU", "CUDA")
 
 
 def _composite(*arguments: Any) -> Tensor:
