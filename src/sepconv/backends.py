@@ -44,7 +44,7 @@ class Backend:
 
 _NATIVE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _TRITON_DTYPES = ("float32", "bfloat16", "float16")
-_TRITON_MOST_TAPS = 225
+_TRITON_MOST_TAPS = 121
 
 
 def _native_refusal(geometry: Geometry, dtype: str) -> str | None:

@@ -1,9 +1,15 @@
 """The GPU kernels, forward and backward.
 
-Images are in the layout of the call; "pixels" of an image are all (image, row, column) in that
-order. Geometry that decides code (channels, kernel, strides) is known to the compiler, sizes of
-images and the batch are not. Sums run in float32. What goes from one stage to the next (v forward,
-dz and du backward) is rounded to the dtype of the tensors, as in a network of separate layers.
+Images are in the layout of the call. Geometry that decides code (channels, kernel, strides) is
+known to the compiler, sizes of images and the batch are not. Sums run in float32. What goes from
+one stage to the next (v forward, dz and du backward) is rounded to the dtype of the tensors, as in
+a network of separate layers.
+
+The depthwise stage walks down the rows of an image. A program has a strip of BLOCK_PIXELS columns
+(of all images, one after the other) and some channels, and reads each row of x once, at as many
+shifts as the kernel is wide; a row goes into the sums of all outputs that it is part of, of which
+those not complete yet stay in registers. So an element takes 3 loads and conversions where the taps
+one by one take 9. Rows of the output that share no row of x (dilation) are walked apart: PHASES.
 
 Names are those of `sepconv.reference`: x input, u depthwise output, v the same after bias and
 activation, z pointwise output, y output; k numbers depthwise channels, n filters.
@@ -16,11 +22,13 @@ import triton.language as tl
 
 __all__ = [
     "activate_kernel",
-    "depthwise_gradients_kernel",
     "depthwise_kernel",
     "forward_kernel",
+    "input_gradient_kernel",
+    "kernel_gradient_kernel",
     "narrow_gradients_kernel",
     "pointwise_gradient_kernel",
+    "pointwise_kernel",
     "slope_kernel",
 ]
 
@@ -240,26 +248,15 @@ def _times_slope(dy, reference, NAME: tl.constexpr, FROM_OUTPUT: tl.constexpr):
 
 
 @triton.jit
-def _pixels(
-    tile, batch, height, width, BLOCK: tl.constexpr, TILE_WIDTH: tl.constexpr, WIDE: tl.constexpr
-):
-    """Image, row and column of the pixels of a tile, and which of them exist.
-
-    A tile is BLOCK pixels one after the other, or a rectangle of TILE_WIDTH columns; its rows may
-    go on in the next image. WIDE asks for numbers of 64 bits.
-    """
+def _strip(program, segments, batch, width, BLOCK_PIXELS: tl.constexpr, WIDE: tl.constexpr):
+    """Image and column of the lanes of a program, which of them exist, and its segment of rows."""
+    segment = program % segments
+    tile = program // segments
     if WIDE:
-        tile = tile.to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    if TILE_WIDTH == 0:
-        pixel = tile * BLOCK + i
-        column = pixel % width
-        row = pixel // width
-    else:
-        tiles = tl.cdiv(width, TILE_WIDTH)
-        column = tile % tiles * TILE_WIDTH + i % TILE_WIDTH
-        row = tile // tiles * (BLOCK // TILE_WIDTH) + i // TILE_WIDTH
-    return row // height, row % height, column, (row < batch * height) & (column < width)
+        tile, segment = tile.to(tl.int64), segment.to(tl.int64)
+    lane = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    image = lane // width
+    return image, lane % width, image < batch, segment
 
 
 @triton.jit
@@ -286,15 +283,37 @@ def _plane(channel, height, width, LAYOUT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _depthwise(
+def _added(sums, INDEX: tl.constexpr, term):
+    """Sums with a term added to one of them."""
+    return sums[:INDEX] + (sums[INDEX] + term,) + sums[INDEX + 1 :]
+
+
+@triton.jit
+def _tap(kernel_ptr, TAP: tl.constexpr, k, DEPTH: tl.constexpr):
+    """Weights of a tap: in two dimensions, so that they lie across threads as x does."""
+    at = kernel_ptr + (TAP * DEPTH + k)[None, :]
+    return _float32(tl.load(at, mask=(k < DEPTH)[None, :], other=0.0))
+
+
+@triton.jit
+def _held_taps(kernel_ptr, k, DEPTH: tl.constexpr, TAPS: tl.constexpr, HELD: tl.constexpr):
+    """The weights of all taps, if they are HELD in registers from row to row."""
+    taps = ()
+    if HELD:
+        for tap in tl.static_range(TAPS):
+            taps = taps + (_tap(kernel_ptr, tap, k, DEPTH),)
+    return taps
+
+
+@triton.jit
+def _rows_of_x(
+    t,
     x_ptr,
-    kernel_ptr,
-    depthwise_bias_ptr,
     image,
-    out_row,
-    out_column,
-    valid,
+    column,
+    exists,
     k,
+    phase,
     height,
     width,
     pad_top,
@@ -307,33 +326,92 @@ def _depthwise(
     STRIDE_WIDTH: tl.constexpr,
     DILATION_HEIGHT: tl.constexpr,
     DILATION_WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
     LAYOUT: tl.constexpr,
     INPUT_ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """U of some pixels and depthwise channels k, float32."""
-    DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
+    """The rows of x that begin with output t of a phase, each at all shifts: a tuple.
+
+    Output t of a phase is met by the rows t * ROW_STEP + i of it, i = 0 ... KERNEL_HEIGHT - 1; rows
+    of a phase are DILATION_HEIGHT apart.
+    """
     PIXEL: tl.constexpr = CHANNELS if LAYOUT == 0 else 1
-    top = out_row * STRIDE_HEIGHT - pad_top
-    left = out_column * STRIDE_WIDTH - pad_left
-    corner = _offset(image, top, left, height, width, CHANNELS, LAYOUT)
-    plane = _plane(k // MULTIPLIER, height, width, LAYOUT, WIDE)
-    u = tl.zeros([out_row.shape[0], k.shape[0]], tl.float32)
+    # What is activated to 0: zeros are padded after the activation.
+    SIGMOID: tl.constexpr = (INPUT_ACTIVATION == "sigmoid") | (INPUT_ACTIVATION == "hard_sigmoid")
+    PADDING: tl.constexpr = float("-inf") if SIGMOID else 0.0
+    left = column * STRIDE_WIDTH - pad_left
+    plane = _plane(k // MULTIPLIER, height, width, LAYOUT, WIDE)[None, :]
+    known = (k < CHANNELS * MULTIPLIER)[None, :]
+    rows = ()
+    for s in tl.static_range(min(ROW_STEP, KERNEL_HEIGHT)):
+        row = phase * STRIDE_HEIGHT - pad_top + DILATION_HEIGHT * (t * ROW_STEP + s)
+        corner = _offset(image, row, left, height, width, CHANNELS, LAYOUT)
+        there = exists & (row >= 0) & (row < height)
+        for j in tl.static_range(KERNEL_WIDTH):
+            right = left + j * DILATION_WIDTH
+            met = (there & (right >= 0) & (right < width))[:, None] & known
+            at = (corner + j * DILATION_WIDTH * PIXEL)[:, None] + plane
+            rows = rows + (tl.load(x_ptr + at, mask=met, other=PADDING),)
+    return rows
+
+
+@triton.jit
+def _weights(taps, kernel_ptr, TAP: tl.constexpr, k, DEPTH: tl.constexpr, HELD: tl.constexpr):
+    if HELD:
+        w = taps[TAP]
+    else:
+        w = _tap(kernel_ptr, TAP, k, DEPTH)
+    return w
+
+
+@triton.jit
+def _walk(
+    sums,
+    rows,
+    taps,
+    kernel_ptr,
+    k,
+    DEPTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """Adds the rows of x that begin with output t of a phase to the sums that they are part of.
+
+    `sums` are those of the outputs up to t, t the last one; the first one is complete afterwards.
+    """
+    OPEN: tl.constexpr = (KERNEL_HEIGHT + ROW_STEP - 1) // ROW_STEP - 1
+    TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    for s in tl.static_range(min(ROW_STEP, KERNEL_HEIGHT)):
+        for j in tl.static_range(KERNEL_WIDTH):
+            a = _activate(_float32(rows[s * KERNEL_WIDTH + j]), INPUT_ACTIVATION)
+            # Constants are not given names: a name would make tensors of them.
+            for back in tl.static_range(OPEN + 1):
+                if s + ROW_STEP * back < KERNEL_HEIGHT:
+                    w = _weights(
+                        taps,
+                        kernel_ptr,
+                        TAPS - 1 - ((s + ROW_STEP * back) * KERNEL_WIDTH + j)
+                        if FLIPPED
+                        else (s + ROW_STEP * back) * KERNEL_WIDTH + j,
+                        k,
+                        DEPTH,
+                        HELD,
+                    )
+                    sums = _added(sums, OPEN - back, a * w)
+    return sums
+
+
+@triton.jit
+def _first_sum(depthwise_bias_ptr, k, DEPTH: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """What the sum of an output begins with."""
+    u = tl.zeros([BLOCK_PIXELS, k.shape[0]], tl.float32)
     if depthwise_bias_ptr is not None:
         u += tl.load(depthwise_bias_ptr + k, mask=k < DEPTH, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(KERNEL_HEIGHT * KERNEL_WIDTH):
-        down = tap // KERNEL_WIDTH * DILATION_HEIGHT
-        right = tap % KERNEL_WIDTH * DILATION_WIDTH
-        row, column = top + down, left + right
-        inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        met = inside[:, None] & (k < DEPTH)[None, :]
-        at = (corner + (down * width + right) * PIXEL)[:, None] + plane[None, :]
-        a = _activate(_float32(tl.load(x_ptr + at, mask=met, other=0.0)), INPUT_ACTIVATION)
-        if (INPUT_ACTIVATION == "sigmoid") | (INPUT_ACTIVATION == "hard_sigmoid"):
-            a = tl.where(met, a, 0.0)  # Zeros are padded after the activation.
-        # In two dimensions, so that it lies across threads as x does.
-        w = tl.load(kernel_ptr + (tap * DEPTH + k)[None, :], mask=(k < DEPTH)[None, :], other=0.0)
-        u += a * _float32(w)
     return u
 
 
@@ -352,141 +430,60 @@ def forward_kernel(
     out_width,
     pad_top,
     pad_left,
+    segments,
+    rows,
     CHANNELS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     FILTERS: tl.constexpr,
-    POINTWISE_ROW: tl.constexpr,
-    POINTWISE_COLUMN: tl.constexpr,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
     STRIDE_HEIGHT: tl.constexpr,
     STRIDE_WIDTH: tl.constexpr,
     DILATION_HEIGHT: tl.constexpr,
     DILATION_WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    PHASES: tl.constexpr,
     LAYOUT: tl.constexpr,
     INPUT_ACTIVATION: tl.constexpr,
     DEPTHWISE_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HELD: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
-    BLOCK_FILTERS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_FILTERS: tl.constexpr,
 ):
-    """Y of BLOCK_PIXELS pixels and BLOCK_FILTERS filters.
+    """y: all channels and filters of a strip in one program, the depthwise output never stored.
 
-    Without a kernel (`kernel_ptr` None) x is v, and only the pointwise stage is computed.
-    Grid: tiles of pixels x blocks of filters; programs of the same pixels are neighbours.
+    Grid: (strips x segments of `rows` rows of a phase, phases).
     """
     DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
-    blocks: tl.constexpr = (FILTERS + BLOCK_FILTERS - 1) // BLOCK_FILTERS
-    program = tl.program_id(0)
-    image, row, column, valid = _pixels(
-        program // blocks, batch, out_height, out_width, BLOCK_PIXELS, TILE_WIDTH, WIDE
+    OPEN: tl.constexpr = (KERNEL_HEIGHT + ROW_STEP - 1) // ROW_STEP - 1
+    image, column, exists, segment = _strip(
+        tl.program_id(0), segments, batch, out_width, BLOCK_PIXELS, WIDE
     )
-    n = program % blocks * BLOCK_FILTERS + tl.arange(0, BLOCK_FILTERS)
-    z = tl.zeros([BLOCK_PIXELS, BLOCK_FILTERS], tl.float32)
-    for first in tl.range(0, DEPTH, BLOCK_DEPTH, num_stages=STAGES):
-        k = first + tl.arange(0, BLOCK_DEPTH)
-        if kernel_ptr is not None:
-            u = _depthwise(
-                x_ptr,
-                kernel_ptr,
-                depthwise_bias_ptr,
-                image,
-                row,
-                column,
-                valid,
-                k,
-                height,
-                width,
-                pad_top,
-                pad_left,
-                CHANNELS,
-                MULTIPLIER,
-                KERNEL_HEIGHT,
-                KERNEL_WIDTH,
-                STRIDE_HEIGHT,
-                STRIDE_WIDTH,
-                DILATION_HEIGHT,
-                DILATION_WIDTH,
-                LAYOUT,
-                INPUT_ACTIVATION,
-                WIDE,
-            )
-            v = _settled(_round(_activate(u, DEPTHWISE_ACTIVATION), x_ptr.dtype.element_ty))
-        else:
-            pixel = _offset(image, row, column, out_height, out_width, DEPTH, LAYOUT)
-            plane = _plane(k, out_height, out_width, LAYOUT, WIDE)
-            v = tl.load(
-                x_ptr + pixel[:, None] + plane[None, :],
-                mask=valid[:, None] & (k < DEPTH)[None, :],
-                other=0.0,
-            )
-        p = tl.load(
-            pointwise_ptr + k[:, None] * POINTWISE_ROW + n[None, :] * POINTWISE_COLUMN,
-            mask=(k < DEPTH)[:, None] & (n < FILTERS)[None, :],
-            other=0.0,
-        )
-        z = _dot(v, p, z, PRECISION)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + n, mask=n < FILTERS, other=0.0).to(tl.float32)[None, :]
-    y = _round(_activate(z, ACTIVATION), y_ptr.dtype.element_ty)
-    pixel = _offset(image, row, column, out_height, out_width, FILTERS, LAYOUT)
-    plane = _plane(n, out_height, out_width, LAYOUT, WIDE)
-    tl.store(
-        y_ptr + pixel[:, None] + plane[None, :], y, mask=valid[:, None] & (n < FILTERS)[None, :]
+    phase = tl.program_id(1)
+    k = tl.arange(0, BLOCK_DEPTH)
+    n = tl.arange(0, BLOCK_FILTERS)
+    p = tl.load(
+        pointwise_ptr + k[:, None] * FILTERS + n[None, :],
+        mask=(k < DEPTH)[:, None] & (n < FILTERS)[None, :],
+        other=0.0,
     )
-
-
-@triton.jit
-def depthwise_kernel(
-    x_ptr,
-    kernel_ptr,
-    depthwise_bias_ptr,
-    v_ptr,
-    batch,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_top,
-    pad_left,
-    CHANNELS: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    KERNEL_HEIGHT: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    STRIDE_HEIGHT: tl.constexpr,
-    STRIDE_WIDTH: tl.constexpr,
-    DILATION_HEIGHT: tl.constexpr,
-    DILATION_WIDTH: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    INPUT_ACTIVATION: tl.constexpr,
-    DEPTHWISE_ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-):
-    """V of BLOCK_PIXELS pixels and BLOCK_DEPTH channels. Grid: tiles of pixels x channels."""
-    DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
-    blocks: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
-    program = tl.program_id(0)
-    image, row, column, valid = _pixels(
-        program // blocks, batch, out_height, out_width, BLOCK_PIXELS, TILE_WIDTH, WIDE
-    )
-    k = program % blocks * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
-    u = _depthwise(
+    zero = tl.zeros([BLOCK_PIXELS, BLOCK_DEPTH], tl.float32)
+    taps = _held_taps(kernel_ptr, k, DEPTH, KERNEL_HEIGHT * KERNEL_WIDTH, HELD)
+    begun = _first_sum(depthwise_bias_ptr, k, DEPTH, BLOCK_PIXELS)
+    open_sums = (zero,) * OPEN
+    first = segment * rows
+    ahead = _rows_of_x(
+        first,
         x_ptr,
-        kernel_ptr,
-        depthwise_bias_ptr,
         image,
-        row,
         column,
-        valid,
+        exists,
         k,
+        phase,
         height,
         width,
         pad_top,
@@ -499,14 +496,233 @@ def depthwise_kernel(
         STRIDE_WIDTH,
         DILATION_HEIGHT,
         DILATION_WIDTH,
+        ROW_STEP,
         LAYOUT,
         INPUT_ACTIVATION,
         WIDE,
     )
-    v = _round(_activate(u, DEPTHWISE_ACTIVATION), v_ptr.dtype.element_ty)
-    pixel = _offset(image, row, column, out_height, out_width, DEPTH, LAYOUT)
+    for t in range(first, first + rows + OPEN):
+        # The next rows are under way while these are computed with.
+        rows_of_x = ahead
+        ahead = _rows_of_x(
+            t + 1,
+            x_ptr,
+            image,
+            column,
+            exists,
+            k,
+            phase,
+            height,
+            width,
+            pad_top,
+            pad_left,
+            CHANNELS,
+            MULTIPLIER,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            STRIDE_HEIGHT,
+            STRIDE_WIDTH,
+            DILATION_HEIGHT,
+            DILATION_WIDTH,
+            ROW_STEP,
+            LAYOUT,
+            INPUT_ACTIVATION,
+            WIDE,
+        )
+        sums = _walk(
+            open_sums + (begun,),
+            rows_of_x,
+            taps,
+            kernel_ptr,
+            k,
+            DEPTH,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            ROW_STEP,
+            INPUT_ACTIVATION,
+            False,
+            HELD,
+        )
+        open_sums = sums[1:]
+        complete = t - OPEN
+        if complete >= first:
+            v = _round(_activate(sums[0], DEPTHWISE_ACTIVATION), x_ptr.dtype.element_ty)
+            z = tl.zeros([BLOCK_PIXELS, BLOCK_FILTERS], tl.float32)
+            z = _dot(_settled(v), p, z, PRECISION)
+            if bias_ptr is not None:
+                z += tl.load(bias_ptr + n, mask=n < FILTERS, other=0.0).to(tl.float32)[None, :]
+            y = _round(_activate(z, ACTIVATION), y_ptr.dtype.element_ty)
+            row = phase + PHASES * complete
+            at = _offset(image, row, column, out_height, out_width, FILTERS, LAYOUT)
+            plane = _plane(n, out_height, out_width, LAYOUT, WIDE)
+            met = (exists & (row < out_height))[:, None] & (n < FILTERS)[None, :]
+            tl.store(y_ptr + at[:, None] + plane[None, :], y, mask=met)
+
+
+@triton.jit
+def depthwise_kernel(
+    x_ptr,
+    kernel_ptr,
+    depthwise_bias_ptr,
+    slope_of_ptr,
+    v_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_top,
+    pad_left,
+    segments,
+    rows,
+    CHANNELS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_HEIGHT: tl.constexpr,
+    STRIDE_WIDTH: tl.constexpr,
+    DILATION_HEIGHT: tl.constexpr,
+    DILATION_WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    PHASES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
+    DEPTHWISE_ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    HELD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """A strip of v, BLOCK_DEPTH channels of it.
+
+    With the kernel FLIPPED it is the gradient of x, times the SLOPE at `slope_of`, given du for x,
+    where the stride is 1. Grid: (strips x segments of rows, phases, blocks of channels).
+    """
+    DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
+    OPEN: tl.constexpr = (KERNEL_HEIGHT + ROW_STEP - 1) // ROW_STEP - 1
+    image, column, exists, segment = _strip(
+        tl.program_id(0), segments, batch, out_width, BLOCK_PIXELS, WIDE
+    )
+    phase = tl.program_id(1)
+    k = tl.program_id(2) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
     plane = _plane(k, out_height, out_width, LAYOUT, WIDE)
-    tl.store(v_ptr + pixel[:, None] + plane[None, :], v, mask=valid[:, None] & (k < DEPTH)[None, :])
+    zero = tl.zeros([BLOCK_PIXELS, BLOCK_DEPTH], tl.float32)
+    taps = _held_taps(kernel_ptr, k, DEPTH, KERNEL_HEIGHT * KERNEL_WIDTH, HELD)
+    begun = _first_sum(depthwise_bias_ptr, k, DEPTH, BLOCK_PIXELS)
+    open_sums = (zero,) * OPEN
+    first = segment * rows
+    for t in range(first, first + rows + OPEN):
+        rows_of_x = _rows_of_x(
+            t,
+            x_ptr,
+            image,
+            column,
+            exists,
+            k,
+            phase,
+            height,
+            width,
+            pad_top,
+            pad_left,
+            CHANNELS,
+            MULTIPLIER,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            STRIDE_HEIGHT,
+            STRIDE_WIDTH,
+            DILATION_HEIGHT,
+            DILATION_WIDTH,
+            ROW_STEP,
+            LAYOUT,
+            INPUT_ACTIVATION,
+            WIDE,
+        )
+        sums = _walk(
+            open_sums + (begun,),
+            rows_of_x,
+            taps,
+            kernel_ptr,
+            k,
+            DEPTH,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            ROW_STEP,
+            INPUT_ACTIVATION,
+            FLIPPED,
+            HELD,
+        )
+        open_sums = sums[1:]
+        complete = t - OPEN
+        row = phase + PHASES * complete
+        at = _offset(image, row, column, out_height, out_width, DEPTH, LAYOUT)
+        met = (exists & (complete >= first) & (row < out_height))[:, None] & (k < DEPTH)[None, :]
+        v = _activate(sums[0], DEPTHWISE_ACTIVATION)
+        if SLOPE != "linear":
+            x = tl.load(slope_of_ptr + at[:, None] + plane[None, :], mask=met, other=0.0)
+            v = v * _slope(_float32(x), SLOPE)
+        v = _round(v, v_ptr.dtype.element_ty)
+        tl.store(v_ptr + at[:, None] + plane[None, :], v, mask=met)
+
+
+@triton.jit
+def pointwise_kernel(
+    v_ptr,
+    pointwise_ptr,
+    bias_ptr,
+    y_ptr,
+    pixels,
+    area,
+    DEPTH: tl.constexpr,
+    FILTERS: tl.constexpr,
+    POINTWISE_ROW: tl.constexpr,
+    POINTWISE_COLUMN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_FILTERS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The pointwise stage alone: y = activation(v @ pointwise + bias). `area`: pixels of one image.
+
+    Grid: blocks of pixels x blocks of filters; programs of the same pixels are neighbours.
+    """
+    blocks: tl.constexpr = (FILTERS + BLOCK_FILTERS - 1) // BLOCK_FILTERS
+    block = tl.program_id(0) // blocks
+    n = tl.program_id(0) % blocks * BLOCK_FILTERS + tl.arange(0, BLOCK_FILTERS)
+    k = tl.arange(0, BLOCK_DEPTH)
+    if WIDE:
+        block, n, k = block.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
+    pixel = block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    exists = (pixel < pixels)[:, None]
+    if LAYOUT == 0:
+        v_at, y_at, step = pixel * DEPTH, pixel * FILTERS, 1
+    else:
+        start, place = pixel // area * area, pixel % area
+        v_at, y_at, step = start * DEPTH + place, start * FILTERS + place, area
+    z = tl.zeros([BLOCK_PIXELS, BLOCK_FILTERS], tl.float32)
+    for first in tl.range(0, DEPTH, BLOCK_DEPTH, num_stages=STAGES):
+        known = first + k < DEPTH
+        v = tl.load(
+            v_ptr + v_at[:, None] + (first + k)[None, :] * step,
+            mask=exists & known[None, :],
+            other=0.0,
+        )
+        p = tl.load(
+            pointwise_ptr + (first + k)[:, None] * POINTWISE_ROW + n[None, :] * POINTWISE_COLUMN,
+            mask=known[:, None] & (n < FILTERS)[None, :],
+            other=0.0,
+        )
+        z = _dot(v, p, z, PRECISION)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + n, mask=n < FILTERS, other=0.0).to(tl.float32)[None, :]
+    y = _round(_activate(z, ACTIVATION), y_ptr.dtype.element_ty)
+    at = y_at[:, None] + n[None, :] * step
+    tl.store(y_ptr + at, y, mask=exists & (n < FILTERS)[None, :])
 
 
 @triton.jit
@@ -542,56 +758,39 @@ def slope_kernel(
 def narrow_gradients_kernel(
     dy_ptr,
     reference_ptr,
-    x_ptr,
-    kernel_ptr,
+    u_ptr,
     pointwise_ptr,
-    depthwise_bias_ptr,
     du_ptr,
     d_pointwise_ptr,
     d_depthwise_bias_ptr,
     d_bias_ptr,
-    batch,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_top,
-    pad_left,
+    pixels,
+    area,
     tiles,
-    CHANNELS: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    DEPTH: tl.constexpr,
     FILTERS: tl.constexpr,
-    KERNEL_HEIGHT: tl.constexpr,
-    KERNEL_WIDTH: tl.constexpr,
-    STRIDE_HEIGHT: tl.constexpr,
-    STRIDE_WIDTH: tl.constexpr,
-    DILATION_HEIGHT: tl.constexpr,
-    DILATION_WIDTH: tl.constexpr,
     LAYOUT: tl.constexpr,
-    INPUT_ACTIVATION: tl.constexpr,
     DEPTHWISE_ACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
-    BLOCK_FILTERS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
-    SLAB_TILES: tl.constexpr,
+    BLOCK_FILTERS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """du, and partial sums of the gradients of pointwise kernel and biases, all filters at once.
+    """Both products of the backward pass at once, all filters in one program.
 
-    One program: BLOCK_DEPTH channels k, SLAB_TILES tiles of pixels one after the other. u is
-    computed again and never stored. What is not asked for is None. Partial sums have the number of
-    the slab in front; slabs depend on the shape alone, so that results do not depend on the device.
+    du = dz @ pointwise^T * slope, and partial sums of d_pointwise = v^T @ dz and of the gradients
+    of the biases, so that dz is read once and never stored. What is not asked for is None. `area`:
+    pixels of one image. Grid: (blocks of channels, parts of `tiles` blocks of pixels).
     """
-    DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
-    blocks: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
-    program = tl.program_id(0)
-    block, slab = program % blocks, program // blocks
-    k = block * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    k = tl.program_id(0) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
     n = tl.arange(0, BLOCK_FILTERS)
+    part = tl.program_id(1)
+    if WIDE:
+        part, k, n = part.to(tl.int64), k.to(tl.int64), n.to(tl.int64)
     stored = dy_ptr.dtype.element_ty
     if du_ptr is not None:
         p_t = tl.load(
@@ -600,76 +799,56 @@ def narrow_gradients_kernel(
             other=0.0,
         )
     d_pointwise = tl.zeros([BLOCK_DEPTH, BLOCK_FILTERS], tl.float32)
-    d_depthwise_bias = tl.zeros([BLOCK_DEPTH], tl.float32)
-    d_bias = tl.zeros([BLOCK_FILTERS], tl.float32)
-    for tile in range(slab * SLAB_TILES, tl.minimum((slab + 1) * SLAB_TILES, tiles)):
-        image, row, column, valid = _pixels(
-            tile, batch, out_height, out_width, BLOCK_PIXELS, TILE_WIDTH, WIDE
-        )
-        pixel = _offset(image, row, column, out_height, out_width, FILTERS, LAYOUT)
-        y_at = pixel[:, None] + _plane(n, out_height, out_width, LAYOUT, WIDE)[None, :]
-        y_met = valid[:, None] & (n < FILTERS)[None, :]
+    # Summed over pixels at the end, not tile by tile.
+    d_depthwise_bias = tl.zeros([BLOCK_PIXELS, BLOCK_DEPTH], tl.float32)
+    d_bias = tl.zeros([BLOCK_PIXELS, BLOCK_FILTERS], tl.float32)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        pixel = (part * tiles + tile) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+        exists = (pixel < pixels)[:, None]
+        if LAYOUT == 0:
+            u_at, y_at, step = pixel * DEPTH, pixel * FILTERS, 1
+        else:
+            start, place = pixel // area * area, pixel % area
+            u_at, y_at, step = start * DEPTH + place, start * FILTERS + place, area
+        y_at = y_at[:, None] + n[None, :] * step
+        u_at = u_at[:, None] + k[None, :] * step
+        y_met, u_met = exists & (n < FILTERS)[None, :], exists & (k < DEPTH)[None, :]
         dz = tl.load(dy_ptr + y_at, mask=y_met, other=0.0)
         if ACTIVATION != "linear":
             reference = tl.load(reference_ptr + y_at, mask=y_met, other=0.0).to(tl.float32)
             dz = _times_slope(dz.to(tl.float32), reference, ACTIVATION, FROM_OUTPUT)
             dz = _settled(_round(dz, stored))
         if d_bias_ptr is not None:
-            d_bias += tl.sum(dz.to(tl.float32), 0)
-        if (d_pointwise_ptr is not None) | (DEPTHWISE_ACTIVATION != "linear"):
-            u = _depthwise(
-                x_ptr,
-                kernel_ptr,
-                depthwise_bias_ptr,
-                image,
-                row,
-                column,
-                valid,
-                k,
-                height,
-                width,
-                pad_top,
-                pad_left,
-                CHANNELS,
-                MULTIPLIER,
-                KERNEL_HEIGHT,
-                KERNEL_WIDTH,
-                STRIDE_HEIGHT,
-                STRIDE_WIDTH,
-                DILATION_HEIGHT,
-                DILATION_WIDTH,
-                LAYOUT,
-                INPUT_ACTIVATION,
-                WIDE,
-            )
+            d_bias += dz.to(tl.float32)
+        if u_ptr is not None:
+            u = tl.load(u_ptr + u_at, mask=u_met, other=0.0)
         if du_ptr is not None:
             du = tl.zeros([BLOCK_PIXELS, BLOCK_DEPTH], tl.float32)
             du = _dot(dz, p_t, du, PRECISION)
             if DEPTHWISE_ACTIVATION != "linear":
-                du = du * _slope(u, DEPTHWISE_ACTIVATION)
-            pixel = _offset(image, row, column, out_height, out_width, DEPTH, LAYOUT)
-            plane = _plane(k, out_height, out_width, LAYOUT, WIDE)
-            u_met = valid[:, None] & (k < DEPTH)[None, :]
+                du = du * _slope(u.to(tl.float32), DEPTHWISE_ACTIVATION)
             du = _round(du, stored)
-            tl.store(du_ptr + pixel[:, None] + plane[None, :], du, mask=u_met)
+            tl.store(du_ptr + u_at, du, mask=u_met)
             if d_depthwise_bias_ptr is not None:
-                d_depthwise_bias += tl.sum(du.to(tl.float32), 0)
+                d_depthwise_bias += du.to(tl.float32)
         if d_pointwise_ptr is not None:
             # Pixels that do not exist have dz = 0.
-            v = _settled(_round(_activate(u, DEPTHWISE_ACTIVATION), stored))
+            v = u
+            if DEPTHWISE_ACTIVATION != "linear":
+                v = _settled(_round(_activate(u.to(tl.float32), DEPTHWISE_ACTIVATION), stored))
             d_pointwise = _dot(tl.trans(v), dz, d_pointwise, PRECISION)
-    if WIDE:
-        slab = slab.to(tl.int64)
     if d_pointwise_ptr is not None:
         tl.store(
-            d_pointwise_ptr + (slab * DEPTH + k[:, None]) * FILTERS + n[None, :],
+            d_pointwise_ptr + (part * DEPTH + k[:, None]) * FILTERS + n[None, :],
             d_pointwise,
             mask=(k < DEPTH)[:, None] & (n < FILTERS)[None, :],
         )
     if d_depthwise_bias_ptr is not None:
-        tl.store(d_depthwise_bias_ptr + slab * DEPTH + k, d_depthwise_bias, mask=k < DEPTH)
+        total = tl.sum(d_depthwise_bias, 0)
+        tl.store(d_depthwise_bias_ptr + part * DEPTH + k, total, mask=k < DEPTH)
     if d_bias_ptr is not None:
-        tl.store(d_bias_ptr + slab * FILTERS + n, d_bias, mask=(n < FILTERS) & (block == 0))
+        first = (n < FILTERS) & (tl.program_id(0) == 0)
+        tl.store(d_bias_ptr + part * FILTERS + n, tl.sum(d_bias, 0), mask=first)
 
 
 @triton.jit
@@ -687,23 +866,23 @@ def pointwise_gradient_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BLOCK_FILTERS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
-    SLAB_TILES: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Partial sums of d_pointwise = v^T dz. `area`: pixels of one image.
 
-    Grid: (blocks of channels x blocks of filters, slabs of SLAB_TILES tiles of pixels).
+    Grid: (blocks of channels x blocks of filters, parts of TILES tiles of pixels).
     """
     blocks: tl.constexpr = (FILTERS + BLOCK_FILTERS - 1) // BLOCK_FILTERS
     k = tl.program_id(0) // blocks * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
     n = tl.program_id(0) % blocks * BLOCK_FILTERS + tl.arange(0, BLOCK_FILTERS)
-    slab = tl.program_id(1)
+    part = tl.program_id(1)
     if WIDE:
-        slab = slab.to(tl.int64)
+        part = part.to(tl.int64)
         k, n = k.to(tl.int64), n.to(tl.int64)
     total = tl.zeros([BLOCK_DEPTH, BLOCK_FILTERS], tl.float32)
-    for tile in tl.range(0, SLAB_TILES, num_stages=STAGES):
-        pixel = (slab * SLAB_TILES + tile) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        pixel = (part * TILES + tile) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         v_met = (pixel < pixels)[None, :] & (k < DEPTH)[:, None]
         z_met = (pixel < pixels)[:, None] & (n < FILTERS)[None, :]
         if LAYOUT == 0:
@@ -717,62 +896,16 @@ def pointwise_gradient_kernel(
             dz = tl.load(dz_ptr + dz_at, mask=z_met, other=0.0)
         total = _dot(v, dz, total, PRECISION)
     tl.store(
-        d_pointwise_ptr + (slab * DEPTH + k[:, None]) * FILTERS + n[None, :],
+        d_pointwise_ptr + (part * DEPTH + k[:, None]) * FILTERS + n[None, :],
         total,
         mask=(k < DEPTH)[:, None] & (n < FILTERS)[None, :],
     )
 
 
 @triton.jit
-def _replaced(values, INDEX: tl.constexpr, value):
-    return values[:INDEX] + (value,) + values[INDEX + 1 :]
-
-
-@triton.jit
-def _du_at(
-    du_ptr,
-    image,
-    row,
-    column,
-    valid,
-    k,
-    tap_row,
-    tap_column,
-    out_height,
-    out_width,
-    pad_top,
-    pad_left,
-    DEPTH: tl.constexpr,
-    STRIDE_HEIGHT: tl.constexpr,
-    STRIDE_WIDTH: tl.constexpr,
-    DILATION_HEIGHT: tl.constexpr,
-    DILATION_WIDTH: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Du where a tap meets the pixels of x: 0 where it meets none."""
-    down = row + pad_top - tap_row * DILATION_HEIGHT
-    right = column + pad_left - tap_column * DILATION_WIDTH
-    met = valid & (down >= 0) & (right >= 0)
-    if STRIDE_HEIGHT > 1:
-        met = met & (down % STRIDE_HEIGHT == 0)
-        down = down // STRIDE_HEIGHT
-    if STRIDE_WIDTH > 1:
-        met = met & (right % STRIDE_WIDTH == 0)
-        right = right // STRIDE_WIDTH
-    met = met & (down < out_height) & (right < out_width)
-    pixel = _offset(image, down, right, out_height, out_width, DEPTH, LAYOUT)
-    plane = _plane(k, out_height, out_width, LAYOUT, WIDE)
-    at = du_ptr + pixel[:, None] + plane[None, :]
-    return _float32(tl.load(at, mask=met[:, None] & (k < DEPTH)[None, :], other=0.0))
-
-
-@triton.jit
-def depthwise_gradients_kernel(
-    du_ptr,
+def kernel_gradient_kernel(
     x_ptr,
-    kernel_ptr,
-    dx_ptr,
+    du_ptr,
     d_kernel_ptr,
     batch,
     height,
@@ -781,7 +914,108 @@ def depthwise_gradients_kernel(
     out_width,
     pad_top,
     pad_left,
-    tiles,
+    segments,
+    rows,
+    CHANNELS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_HEIGHT: tl.constexpr,
+    STRIDE_WIDTH: tl.constexpr,
+    DILATION_HEIGHT: tl.constexpr,
+    DILATION_WIDTH: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    PHASES: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """Partial sums of d_depthwise_kernel, those of all taps in registers until the end.
+
+    A row of x meets the rows of du that it was part of, which stay in registers: OPEN of them.
+    Partial sums have the number of the strip, segment and phase in front; those depend on the shape
+    alone, so that results do not depend on the device. Grid: (strips x segments, phases, blocks of
+    channels).
+    """
+    DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
+    OPEN: tl.constexpr = (KERNEL_HEIGHT + ROW_STEP - 1) // ROW_STEP - 1
+    TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    image, column, exists, segment = _strip(
+        tl.program_id(0), segments, batch, out_width, BLOCK_PIXELS, WIDE
+    )
+    phase = tl.program_id(1)
+    k = tl.program_id(2) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    known = (k < DEPTH)[None, :]
+    u_plane = _plane(k, out_height, out_width, LAYOUT, WIDE)[None, :]
+    zero = tl.zeros([BLOCK_PIXELS, BLOCK_DEPTH], tl.float32)
+    sums = (zero,) * TAPS
+    before = (zero,) * OPEN
+    first = segment * rows
+    for t in range(first, first + rows + OPEN):
+        out_row = phase + PHASES * t
+        there = exists & (t < first + rows) & (out_row < out_height)
+        at = _offset(image, out_row, column, out_height, out_width, DEPTH, LAYOUT)[:, None]
+        du = tl.load(du_ptr + at + u_plane, mask=there[:, None] & known, other=0.0)
+        met_by = before + (_float32(du),)
+        rows_of_x = _rows_of_x(
+            t,
+            x_ptr,
+            image,
+            column,
+            exists,
+            k,
+            phase,
+            height,
+            width,
+            pad_top,
+            pad_left,
+            CHANNELS,
+            MULTIPLIER,
+            KERNEL_HEIGHT,
+            KERNEL_WIDTH,
+            STRIDE_HEIGHT,
+            STRIDE_WIDTH,
+            DILATION_HEIGHT,
+            DILATION_WIDTH,
+            ROW_STEP,
+            LAYOUT,
+            INPUT_ACTIVATION,
+            WIDE,
+        )
+        for s in tl.static_range(min(ROW_STEP, KERNEL_HEIGHT)):
+            for j in tl.static_range(KERNEL_WIDTH):
+                a = _activate(_float32(rows_of_x[s * KERNEL_WIDTH + j]), INPUT_ACTIVATION)
+                for back in tl.static_range(OPEN + 1):
+                    if s + ROW_STEP * back < KERNEL_HEIGHT:
+                        sums = _added(
+                            sums,
+                            (s + ROW_STEP * back) * KERNEL_WIDTH + j,
+                            a * met_by[OPEN - back],
+                        )
+        before = met_by[1:]
+    part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if WIDE:
+        part = part.to(tl.int64)
+    for tap in tl.static_range(TAPS):
+        at = (part * TAPS + tap) * DEPTH + k
+        tl.store(d_kernel_ptr + at, tl.sum(sums[tap], 0), mask=k < DEPTH)
+
+
+@triton.jit
+def input_gradient_kernel(
+    du_ptr,
+    x_ptr,
+    kernel_ptr,
+    dx_ptr,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_top,
+    pad_left,
     CHANNELS: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     KERNEL_HEIGHT: tl.constexpr,
@@ -795,101 +1029,42 @@ def depthwise_gradients_kernel(
     WIDE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    SLAB_TILES: tl.constexpr,
 ):
-    """dx, and partial sums of d_depthwise_kernel, from du; either may be None.
+    """The gradient of x with strides or a multiplier: every pixel gathers what its taps went into.
 
-    Every pixel of x meets every tap once: dx gathers, and no sum crosses threads before the end.
-    Grid: (blocks of channels, slabs of SLAB_TILES tiles of pixels of x, groups of TAPS taps).
-    Channels are those of x for dx, and depthwise ones for the kernel alone; with both, they must
-    be the same (MULTIPLIER 1) and TAPS all taps.
+    Grid: (blocks of pixels of x, blocks of channels).
     """
     DEPTH: tl.constexpr = CHANNELS * MULTIPLIER
-    ALL_TAPS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    slab = tl.program_id(1)
-    first_tap = tl.program_id(2) * TAPS
-    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    if dx_ptr is not None:
-        x_channel, there = c, c < CHANNELS
-    else:
-        x_channel, there = c // MULTIPLIER, c < DEPTH
-    x_plane = _plane(x_channel, height, width, LAYOUT, WIDE)
-    zeros = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    sums = (zeros,) * (TAPS if d_kernel_ptr is not None else 1)
-    for tile in range(slab * SLAB_TILES, tl.minimum((slab + 1) * SLAB_TILES, tiles)):
-        image, row, column, valid = _pixels(tile, batch, height, width, BLOCK_PIXELS, 0, WIDE)
-        x_at = _offset(image, row, column, height, width, CHANNELS, LAYOUT)[:, None]
-        x_at += x_plane[None, :]
-        met = valid[:, None] & there[None, :]
-        if (d_kernel_ptr is not None) | (INPUT_ACTIVATION != "linear"):
-            x = _float32(tl.load(x_ptr + x_at, mask=met, other=0.0))
-            a = _activate(x, INPUT_ACTIVATION)
-        if dx_ptr is not None:
-            dx = zeros
-            for m in tl.static_range(MULTIPLIER):
-                k = c * MULTIPLIER + m
-                for tap in tl.static_range(TAPS):
-                    w = tl.load(
-                        kernel_ptr + (tap * DEPTH + k)[None, :], mask=there[None, :], other=0.0
-                    )
-                    du = _du_at(
-                        du_ptr,
-                        image,
-                        row,
-                        column,
-                        valid,
-                        k,
-                        tap // KERNEL_WIDTH,
-                        tap % KERNEL_WIDTH,
-                        out_height,
-                        out_width,
-                        pad_top,
-                        pad_left,
-                        DEPTH,
-                        STRIDE_HEIGHT,
-                        STRIDE_WIDTH,
-                        DILATION_HEIGHT,
-                        DILATION_WIDTH,
-                        LAYOUT,
-                        WIDE,
-                    )
-                    dx += du * _float32(w)
-                    if d_kernel_ptr is not None:
-                        sums = _replaced(sums, tap, sums[tap] + a * du)
-            if INPUT_ACTIVATION != "linear":
-                dx = dx * _slope(x, INPUT_ACTIVATION)
-            tl.store(dx_ptr + x_at, _round(dx, dx_ptr.dtype.element_ty), mask=met)
-        else:
-            for i in tl.static_range(TAPS):
-                tap = first_tap + i
-                du = _du_at(
-                    du_ptr,
-                    image,
-                    row,
-                    column,
-                    valid & (tap < ALL_TAPS),
-                    c,
-                    tap // KERNEL_WIDTH,
-                    tap % KERNEL_WIDTH,
-                    out_height,
-                    out_width,
-                    pad_top,
-                    pad_left,
-                    DEPTH,
-                    STRIDE_HEIGHT,
-                    STRIDE_WIDTH,
-                    DILATION_HEIGHT,
-                    DILATION_WIDTH,
-                    LAYOUT,
-                    WIDE,
-                )
-                sums = _replaced(sums, i, sums[i] + a * du)
-    if d_kernel_ptr is not None:
-        for i in tl.static_range(TAPS):
-            tap = first_tap + i
-            tl.store(
-                d_kernel_ptr + (slab * ALL_TAPS + tap) * DEPTH + c,
-                tl.sum(sums[i], 0),
-                mask=there & (tap < ALL_TAPS),
-            )
+    tile = tl.program_id(0)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    pixel = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    column = pixel % width
+    row = pixel // width % height
+    image = pixel // width // height
+    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    known = (c < CHANNELS)[None, :]
+    dx = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    for m in tl.static_range(MULTIPLIER):
+        k = c * MULTIPLIER + m
+        plane = _plane(k, out_height, out_width, LAYOUT, WIDE)[None, :]
+        for i in tl.static_range(KERNEL_HEIGHT):
+            down = row + pad_top - i * DILATION_HEIGHT
+            there = (image < batch) & (down >= 0) & (down % STRIDE_HEIGHT == 0)
+            down = down // STRIDE_HEIGHT
+            for j in tl.static_range(KERNEL_WIDTH):
+                right = column + pad_left - j * DILATION_WIDTH
+                met = there & (right >= 0) & (right % STRIDE_WIDTH == 0)
+                right = right // STRIDE_WIDTH
+                met = met & (down < out_height) & (right < out_width)
+                at = _offset(image, down, right, out_height, out_width, DEPTH, LAYOUT)
+                du = tl.load(du_ptr + at[:, None] + plane, mask=met[:, None] & known, other=0.0)
+                w = _tap(kernel_ptr, i * KERNEL_WIDTH + j, k, DEPTH)
+                dx += _float32(du) * w
+    at = _offset(image, row, column, height, width, CHANNELS, LAYOUT)[:, None]
+    at += _plane(c, height, width, LAYOUT, WIDE)[None, :]
+    met = (image < batch)[:, None] & known
+    if INPUT_ACTIVATION != "linear":
+        x = tl.load(x_ptr + at, mask=met, other=0.0)
+        dx = dx * _slope(_float32(x), INPUT_ACTIVATION)
+    tl.store(dx_ptr + at, _round(dx, dx_ptr.dtype.element_ty), mask=met)

@@ -1,7 +1,7 @@
 """Calls of the GPU kernels on tensors of torch: which ones run, on what, in which blocks.
 
 `forward` and `backward` take what the entry points of `sepconv._native` take, tensors in place of
-arrays: dense ones of the layouts of Keras, and outputs that the caller allocated.
+arrays: dense ones in the layouts of Keras, and outputs that the caller allocated.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def forward(
 ) -> None:
     """Fills y."""
     g = Geometry(*geometry.tolist())
-    with _device(x):
-        _forward(g, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y)
+    operands = (x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias)
+    if y.numel() == 0:
+        return
+    with _on_device_of(*operands):
+        _forward(g, *operands, y)
 
 
 def backward(
@@ -57,28 +60,48 @@ def backward(
     """Fills the gradients that are not None; `y` is the output, or None."""
     g = Geometry(*geometry.tolist())
     gradients = (dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias)
-    wanted = [gradient for gradient in gradients if gradient is not None]
-    if dy.numel() == 0:
-        for gradient in wanted:
-            gradient.zero_()
+    if all(gradient is None for gradient in gradients):
         return
-    if not wanted:
-        return
+    if dy.numel() == 0 or x.numel() == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+        if dy.numel() == 0:
+            return
     operands = (x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias)
-    with _device(x):
+    with _on_device_of(*operands):
         reference, from_output = dy, False
         if g.activation and (y is None or ACTIVATIONS[g.activation] not in _FROM_OUTPUT):
             reference = torch.empty(g.y_shape, dtype=torch.float32, device=x.device)
-            _fused(g._replace(activation=0), *operands, reference)
+            _forward(g._replace(activation=0), *operands, reference)
         elif g.activation and y is not None:
             reference, from_output = y, True
-        compute = _narrow_gradients if tuning.is_narrow(g) else _wide_gradients
-        du = compute(g, dy, reference, from_output, *operands[:4], *gradients)
-        if du is not None:
+        wants_du = any(t is not None for t in (dx, d_depthwise_kernel, d_depthwise_bias))
+        du = _between(g, x) if wants_du else None
+        u = None
+        if d_pointwise_kernel is not None or (wants_du and g.depthwise_activation):
+            u = _between(g, x)
+            _depthwise(g, x.element_size(), 0)(x, depthwise_kernel, depthwise_bias, None, u)
+        stages = _narrow_gradients if tuning.is_narrow(g) else _wide_gradients
+        stages(
+            g, dy, reference, from_output, u, pointwise_kernel,
+            du, d_pointwise_kernel, d_depthwise_bias, d_bias,
+        )  # fmt: skip
+        del u
+        if du is not None and x.numel() > 0:
             _depthwise_gradients(g, du, x, depthwise_kernel, dx, d_depthwise_kernel)
 
 
-def _device(x: Tensor) -> AbstractContextManager[Any]:
+def _on_device_of(*operands: Tensor | None) -> AbstractContextManager[Any]:
+    """The device to launch on."""
+    x = operands[0]
+    assert x is not None
+    for operand in operands:
+        if operand is not None and operand.device != x.device:
+            raise ValueError(
+                "every tensor must be on the device of `x`. "
+                f"Received: {operand.device}, x.device={x.device}"
+            )
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
@@ -92,17 +115,74 @@ def _precision(x: Tensor) -> str:
     return "tf32" if switch.conv.fp32_precision == "tf32" else "ieee"
 
 
-_SIZES = ("batch", "in_height", "in_width", "out_height", "out_width", "pad_top", "pad_left")
-# What a program adds to the last address before it masks it is well below this.
+# ---------------------------------------------------------------------------------------- launches
+
+
+class _Launch:
+    """A kernel with its grid, sizes and constants.
+
+    What the compiler made is kept and launched without asking it again, which takes it longer than
+    the kernels of a small layer.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        sizes: tuple[int, ...],
+        warps: int,
+        **constants: Any,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._sizes = sizes
+        self._constants = constants
+        self._options = {"num_warps": warps, "num_stages": 1}
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        signature = tuple(map(_specialised, tensors))
+        known = self._compiled.get(signature)
+        if known is not None:
+            compiled, rest = known
+            compiled[self._grid](*tensors, *rest)
+            return
+        kernel = getattr(kernels, self._kernel)
+        given = (*tensors, *self._sizes)
+        compiled = kernel[self._grid](*given, **self._constants, **self._options)
+        if compiled is not None:  # The interpreter makes nothing.
+            constants = (self._constants[name] for name in kernel.arg_names[len(given) :])
+            self._compiled[signature] = compiled, (*self._sizes, *constants)
+
+
+def _specialised(tensor: Tensor | None) -> Any:
+    """What the compiler looks at."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.device.index, tensor.data_ptr() % 16 == 0
+
+
+# What a program adds to the last address before it masks it is well below the difference to 2^31.
 _NARROW_ADDRESSES = 2**31 - 2**24
 
 
-@functools.lru_cache(maxsize=4096)
+def _is_wide(g: Geometry) -> bool:
+    """Whether addresses need 64 bits."""
+    pixels = g.batch * g.out_height * g.out_width
+    x = g.batch * g.in_height * g.in_width * g.in_channels
+    # A window may begin before the image, and end behind it.
+    reach = (g.kernel_height * g.dilation_height + g.pad_top) * g.in_width * g.in_channels
+    widest = max(g.depthwise_channels, g.out_channels)
+    weights = g.depthwise_channels * max(g.out_channels, g.kernel_height * g.kernel_width)
+    return max(x + 2 * reach, pixels * widest, weights) >= _NARROW_ADDRESSES
+
+
 def _sizes(g: Geometry) -> tuple[int, ...]:
-    return tuple(getattr(g, name) for name in _SIZES)
+    return (
+        g.batch, g.in_height, g.in_width, g.out_height, g.out_width, g.pad_top, g.pad_left
+    )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
 def _constants(g: Geometry) -> dict[str, Any]:
     """What the compiler knows of a call."""
     return {
@@ -120,15 +200,24 @@ def _constants(g: Geometry) -> dict[str, Any]:
     }
 
 
-def _is_wide(g: Geometry) -> bool:
-    """Whether addresses need 64 bits."""
-    pixels = g.batch * g.out_height * g.out_width
-    x = g.batch * g.in_height * g.in_width * g.in_channels
-    # A window may begin before the image, and end behind it.
-    reach = (g.kernel_height * g.dilation_height + g.pad_top) * g.in_width * g.in_channels
-    widest = max(g.depthwise_channels, g.out_channels)
-    weights = g.depthwise_channels * max(g.out_channels, g.kernel_height * g.kernel_width)
-    return max(x + 2 * reach, pixels * widest, weights) >= _NARROW_ADDRESSES
+def _walk(kernel: str, g: Geometry, blocks: tuning.StripBlocks, **constants: Any) -> _Launch:
+    if blocks.filters:
+        constants |= {"BLOCK_FILTERS": blocks.filters, "FILTERS": g.out_channels}
+    return _Launch(
+        kernel,
+        blocks.grid,
+        (*_sizes(g), blocks.segments, blocks.rows),
+        blocks.warps,
+        ROW_STEP=tuning.row_step(g),
+        PHASES=tuning.phases(g),
+        BLOCK_PIXELS=blocks.pixels,
+        BLOCK_DEPTH=blocks.depth,
+        **_constants(g),
+        **constants,
+    )
+
+
+# ----------------------------------------------------------------------------------------- forward
 
 
 def _forward(
@@ -140,110 +229,54 @@ def _forward(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    if y.numel() == 0:
+    precision = _precision(x)
+    launch = _fused(g, x.element_size(), precision)
+    if launch is not None:
+        launch(x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y)
         return
-    if tuning.forward_blocks(g, x.element_size()) is not None:
-        _fused(g, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y)
-        return
-    v = _depthwise(g, x, depthwise_kernel, depthwise_bias, g.depthwise_activation)
-    if x.dtype == torch.float32:
-        _pointwise(g, v, pointwise_kernel, bias, y, ACTIVATIONS[g.activation])
+    v = _between(g, x)
+    _depthwise(g, x.element_size(), g.depthwise_activation)(
+        x, depthwise_kernel, depthwise_bias, None, v
+    )
+    if y.dtype != x.dtype or x.dtype == torch.float32:
+        launch = _pointwise(g, g.depthwise_channels, g.out_channels, False, g.activation, precision)
+        launch(v, pointwise_kernel, bias, y)
         return
     _library_pointwise(g, v, pointwise_kernel[0, 0], bias, y)
     if g.activation:
         _elementwise(kernels.activate_kernel, y, y, NAME=ACTIVATIONS[g.activation])
 
 
-def _fused(
-    g: Geometry,
-    x: Tensor,
-    depthwise_kernel: Tensor,
-    pointwise_kernel: Tensor,
-    depthwise_bias: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """The forward pass in one kernel."""
-    blocks = tuning.forward_blocks(g, x.element_size())
-    if blocks is None:  # z, to take slopes from: rounded nowhere.
-        pixels = g.batch * g.out_height * g.out_width
-        blocks = tuning.pointwise_blocks(pixels, g.depthwise_channels, g.out_channels)
-    _launch_forward(
+@functools.lru_cache(maxsize=4096)
+def _fused(g: Geometry, bytes_per_element: int, precision: str) -> _Launch | None:
+    blocks = tuning.forward_blocks(g, bytes_per_element)
+    if blocks is None:
+        return None
+    return _walk(
+        "forward_kernel",
         g,
         blocks,
-        x,
-        depthwise_kernel,
-        pointwise_kernel,
-        depthwise_bias,
-        bias,
-        y,
-        POINTWISE_ROW=g.out_channels,
-        POINTWISE_COLUMN=1,
         DEPTHWISE_ACTIVATION=ACTIVATIONS[g.depthwise_activation],
         ACTIVATION=ACTIVATIONS[g.activation],
-        **_constants(g),
+        PRECISION=precision,
+        HELD=blocks.holds_taps,
     )
 
 
-def _launch_forward(
-    g: Geometry,
-    blocks: tuning.PointwiseBlocks,
-    x: Tensor,
-    kernel: Tensor | None,
-    pointwise: Tensor,
-    depthwise_bias: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    **constants: Any,
-) -> None:
-    tiles = _tiles(g, blocks.pixels, blocks.tile_width)
-    grid = (tiles * -(-g.out_channels // blocks.filters),)
-    kernels.forward_kernel[grid](
-        x,
-        kernel,
-        pointwise,
-        depthwise_bias,
-        bias,
-        y,
-        *_sizes(g),
-        FILTERS=g.out_channels,
-        PRECISION=_precision(x),
-        BLOCK_PIXELS=blocks.pixels,
-        TILE_WIDTH=blocks.tile_width,
-        BLOCK_FILTERS=blocks.filters,
-        BLOCK_DEPTH=blocks.depth,
-        STAGES=blocks.stages,
-        num_warps=blocks.warps,
-        **constants,
-    )
-
-
-def _tiles(g: Geometry, pixels: int, width: int) -> int:
-    if width == 0:
-        return -(-g.batch * g.out_height * g.out_width // pixels)
-    return -(-g.batch * g.out_height // (pixels // width)) * -(-g.out_width // width)
-
-
+@functools.lru_cache(maxsize=4096)
 def _depthwise(
-    g: Geometry, x: Tensor, kernel: Tensor, depthwise_bias: Tensor | None, activation: int
-) -> Tensor:
-    v = _between(g, x)
-    blocks = tuning.depthwise_blocks(g, x.element_size())
-    grid = (_tiles(g, blocks.pixels, blocks.tile_width) * -(-g.depthwise_channels // blocks.depth),)
-    kernels.depthwise_kernel[grid](
-        x,
-        kernel,
-        depthwise_bias,
-        v,
-        *_sizes(g),
+    g: Geometry, bytes_per_element: int, activation: int, slope: int = 0, flipped: bool = False
+) -> _Launch:
+    blocks = tuning.depthwise_blocks(g, bytes_per_element)
+    return _walk(
+        "depthwise_kernel",
+        g,
+        blocks,
         DEPTHWISE_ACTIVATION=ACTIVATIONS[activation],
-        BLOCK_PIXELS=blocks.pixels,
-        TILE_WIDTH=blocks.tile_width,
-        BLOCK_DEPTH=blocks.depth,
-        num_warps=blocks.warps,
-        **_constants(g),
+        SLOPE=ACTIVATIONS[slope],
+        FLIPPED=flipped,
+        HELD=blocks.holds_taps,
     )
-    return v
 
 
 def _between(g: Geometry, x: Tensor) -> Tensor:
@@ -251,54 +284,37 @@ def _between(g: Geometry, x: Tensor) -> Tensor:
     return x.new_empty(g._replace(out_channels=g.depthwise_channels).y_shape)
 
 
+@functools.lru_cache(maxsize=4096)
 def _pointwise(
-    g: Geometry, v: Tensor, pointwise: Tensor, bias: Tensor | None, y: Tensor, activation: str
-) -> None:
-    """Y = activation(v @ pointwise + bias)."""
-    blocks = tuning.pointwise_blocks(v.numel() // g.depthwise_channels, g.depthwise_channels,
-                                     g.out_channels)  # fmt: skip
-    strides = (g.out_channels, 1)
-    _launch_pointwise(g, blocks, v, pointwise, bias, y, strides, activation)
-
-
-def _launch_pointwise(
-    g: Geometry,
-    blocks: tuning.PointwiseBlocks,
-    v: Tensor,
-    pointwise: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    strides: tuple[int, int],
-    activation: str,
-) -> None:
-    plain = g._replace(
-        in_channels=g.depthwise_channels,
-        depth_multiplier=1,
-        kernel_height=1,
-        kernel_width=1,
-        input_activation=0,
-    )
-    _launch_forward(
-        plain,
-        blocks,
-        v,
-        None,
-        pointwise,
-        None,
-        bias,
-        y,
-        POINTWISE_ROW=strides[0],
-        POINTWISE_COLUMN=strides[1],
-        DEPTHWISE_ACTIVATION="linear",
-        ACTIVATION=activation,
-        **_constants(plain),
+    g: Geometry, depth: int, filters: int, transposed: bool, activation: int, precision: str
+) -> _Launch:
+    """(v, pointwise, bias, y); `transposed`: the kernel lies as (filters, depth)."""
+    area = g.out_height * g.out_width
+    blocks = tuning.pointwise_blocks(g.batch * area, depth, filters)
+    return _Launch(
+        "pointwise_kernel",
+        blocks.grid,
+        (g.batch * area, area),
+        blocks.warps,
+        DEPTH=depth,
+        FILTERS=filters,
+        POINTWISE_ROW=1 if transposed else filters,
+        POINTWISE_COLUMN=depth if transposed else 1,
+        LAYOUT=g.layout,
+        ACTIVATION=ACTIVATIONS[activation],
+        WIDE=_is_wide(g),
+        PRECISION=precision,
+        BLOCK_PIXELS=blocks.pixels,
+        BLOCK_FILTERS=blocks.filters,
+        BLOCK_DEPTH=blocks.depth,
+        STAGES=blocks.stages,
     )
 
 
 def _library_pointwise(
     g: Geometry, v: Tensor, pointwise: Tensor, bias: Tensor | None, y: Tensor
 ) -> None:
-    """Y = v @ pointwise + bias, by the library of torch. `pointwise`: (channels, filters)."""
+    """Fills y = v @ pointwise + bias, by the library of torch; `pointwise` is a matrix."""
     if g.layout == 0:
         rows = v.view(-1, v.shape[-1])
         out = y.view(-1, y.shape[-1])
@@ -321,7 +337,7 @@ def _elementwise(kernel: Any, *tensors: Tensor, **constants: Any) -> None:
     kernel[grid](*tensors, size, BLOCK=tuning.ELEMENTS, num_warps=4, **constants)
 
 
-# --------------------------------------------------------------------------------------- backward
+# ---------------------------------------------------------------------------------------- backward
 
 
 def _narrow_gradients(
@@ -329,66 +345,61 @@ def _narrow_gradients(
     dy: Tensor,
     reference: Tensor,
     from_output: bool,
-    x: Tensor,
-    depthwise_kernel: Tensor,
+    u: Tensor | None,
     pointwise_kernel: Tensor,
-    depthwise_bias: Tensor | None,
-    dx: Tensor | None,
-    d_depthwise_kernel: Tensor | None,
+    du: Tensor | None,
     d_pointwise_kernel: Tensor | None,
     d_depthwise_bias: Tensor | None,
     d_bias: Tensor | None,
-) -> Tensor | None:
-    """Fills the gradients of the pointwise stage and of the biases, and returns du."""
-    blocks = tuning.narrow_blocks(g, x.element_size())
-    wants_du = any(t is not None for t in (dx, d_depthwise_kernel, d_depthwise_bias))
-    du = _between(g, x) if wants_du else None
-    shapes = (
-        (d_pointwise_kernel, (g.depthwise_channels, g.out_channels)),
-        (d_depthwise_bias, (g.depthwise_channels,)),
-        (d_bias, (g.out_channels,)),
-    )
-    sums = [
-        None
-        if gradient is None
-        else torch.empty((blocks.slabs, *shape), dtype=torch.float32, device=x.device)
-        for gradient, shape in shapes
-    ]
-    grid = (-(-g.depthwise_channels // blocks.depth) * blocks.slabs,)
-    kernels.narrow_gradients_kernel[grid](
-        dy,
-        reference,
-        x,
-        depthwise_kernel,
-        pointwise_kernel,
-        depthwise_bias,
-        du,
-        *sums,
-        *_sizes(g),
-        blocks.tiles,
+) -> None:
+    """Fills du and the gradients of the pointwise stage and of the biases, in one kernel."""
+    launch, parts = _narrow(g, dy.element_size(), _precision(dy), from_output)
+    gradients = (d_pointwise_kernel, d_depthwise_bias, d_bias)
+    sums = [None if gradient is None else _partial(parts, gradient) for gradient in gradients]
+    launch(dy, reference if g.activation else None, u, pointwise_kernel, du, *sums)
+    for gradient, partial in zip(gradients, sums, strict=True):
+        _sum_parts(partial, gradient)
+
+
+@functools.lru_cache(maxsize=4096)
+def _narrow(
+    g: Geometry, bytes_per_element: int, precision: str, from_output: bool
+) -> tuple[_Launch, int]:
+    blocks = tuning.narrow_blocks(g, bytes_per_element)
+    area = g.out_height * g.out_width
+    launch = _Launch(
+        "narrow_gradients_kernel",
+        blocks.grid,
+        (g.batch * area, area, blocks.tiles),
+        blocks.warps,
+        DEPTH=g.depthwise_channels,
         FILTERS=g.out_channels,
+        LAYOUT=g.layout,
         DEPTHWISE_ACTIVATION=ACTIVATIONS[g.depthwise_activation],
         ACTIVATION=ACTIVATIONS[g.activation],
         FROM_OUTPUT=from_output,
-        PRECISION=_precision(x),
+        WIDE=_is_wide(g),
+        PRECISION=precision,
         BLOCK_PIXELS=blocks.pixels,
-        TILE_WIDTH=blocks.tile_width,
-        BLOCK_FILTERS=blocks.filters,
         BLOCK_DEPTH=blocks.depth,
-        SLAB_TILES=blocks.slab_tiles,
-        num_warps=blocks.warps,
-        num_stages=1,
-        **_constants(g),
+        BLOCK_FILTERS=blocks.filters,
+        STAGES=blocks.stages,
     )
-    for (gradient, _), partial in zip(shapes, sums, strict=True):
-        if gradient is not None and partial is not None:
-            _sum_slabs(partial, gradient)
-    return du if dx is not None or d_depthwise_kernel is not None else None
+    return launch, blocks.grid[1]
 
 
-def _sum_slabs(partial: Tensor, gradient: Tensor) -> None:
+def _partial(parts: int, gradient: Tensor) -> Tensor:
+    return torch.empty((parts, *gradient.shape), dtype=torch.float32, device=gradient.device)
+
+
+def _sum_parts(partial: Tensor | None, gradient: Tensor | None) -> None:
     """In one order, whatever the device."""
-    gradient.copy_(partial.sum(0).view(gradient.shape))
+    if partial is None or gradient is None:
+        return
+    if gradient.dtype == torch.float32:
+        torch.sum(partial, 0, out=gradient)
+    else:
+        gradient.copy_(partial.sum(0))
 
 
 def _wide_gradients(
@@ -396,17 +407,14 @@ def _wide_gradients(
     dy: Tensor,
     reference: Tensor,
     from_output: bool,
-    x: Tensor,
-    depthwise_kernel: Tensor,
+    u: Tensor | None,
     pointwise_kernel: Tensor,
-    depthwise_bias: Tensor | None,
-    dx: Tensor | None,
-    d_depthwise_kernel: Tensor | None,
+    du: Tensor | None,
     d_pointwise_kernel: Tensor | None,
     d_depthwise_bias: Tensor | None,
     d_bias: Tensor | None,
-) -> Tensor | None:
-    """The same with stages stored between kernels, which a matrix product then takes."""
+) -> None:
+    """The same with matrix products of their own."""
     dz = dy
     if g.activation:
         dz = torch.empty_like(dy)
@@ -414,41 +422,27 @@ def _wide_gradients(
         _elementwise(kernels.slope_kernel, dy, reference, dz, NAME=name, FROM_OUTPUT=from_output)
     if d_bias is not None:
         d_bias.copy_(_over_pixels(g, dz))
-    u = None
-    wants_du = any(t is not None for t in (dx, d_depthwise_kernel, d_depthwise_bias))
-    if d_pointwise_kernel is not None or (wants_du and g.depthwise_activation):
-        u = _depthwise(g, x, depthwise_kernel, depthwise_bias, 0)
+    between = ACTIVATIONS[g.depthwise_activation]
     if d_pointwise_kernel is not None:
         assert u is not None
         v = u
         if g.depthwise_activation:
             v = torch.empty_like(u)
-            name = ACTIVATIONS[g.depthwise_activation]
-            _elementwise(kernels.activate_kernel, u, v, NAME=name)
+            _elementwise(kernels.activate_kernel, u, v, NAME=between)
         _pointwise_gradient(g, v, dz, d_pointwise_kernel)
         del v
-    if not wants_du:
-        return None
-    du = _between(g, x)
-    if x.dtype == torch.float32:
-        turned = g._replace(
-            in_channels=g.out_channels, depth_multiplier=1, out_channels=g.depthwise_channels
-        )
-        blocks = tuning.pointwise_blocks(
-            du.numel() // g.depthwise_channels, g.out_channels, g.depthwise_channels
-        )
-        _launch_pointwise(
-            turned, blocks, dz, pointwise_kernel, None, du, (1, g.out_channels), "linear"
-        )
+    if du is None:
+        return
+    if du.dtype == torch.float32:
+        product = _pointwise(g, g.out_channels, g.depthwise_channels, True, 0, _precision(du))
+        product(dz, pointwise_kernel, None, du)
     else:
         _library_pointwise(g, dz, pointwise_kernel[0, 0].t(), None, du)
     if g.depthwise_activation:
         assert u is not None
-        name = ACTIVATIONS[g.depthwise_activation]
-        _elementwise(kernels.slope_kernel, du, u, du, NAME=name, FROM_OUTPUT=False)
+        _elementwise(kernels.slope_kernel, du, u, du, NAME=between, FROM_OUTPUT=False)
     if d_depthwise_bias is not None:
         d_depthwise_bias.copy_(_over_pixels(g, du))
-    return du
 
 
 def _over_pixels(g: Geometry, image: Tensor) -> Tensor:
@@ -460,28 +454,33 @@ def _pointwise_gradient(g: Geometry, v: Tensor, dz: Tensor, d_pointwise: Tensor)
     if g.layout == 0 and v.dtype != torch.float32:
         torch.mm(v.view(-1, depth).t(), dz.view(-1, filters), out=d_pointwise[0, 0])
         return
+    launch, parts = _pointwise_sums(g, _precision(v))
+    partial = _partial(parts, d_pointwise)
+    launch(v, dz, partial)
+    _sum_parts(partial, d_pointwise)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointwise_sums(g: Geometry, precision: str) -> tuple[_Launch, int]:
     blocks = tuning.matrix_blocks(g)
-    partial = torch.empty((blocks.slabs, depth, filters), dtype=torch.float32, device=v.device)
-    grid = (-(-depth // blocks.depth) * -(-filters // blocks.filters), blocks.slabs)
-    kernels.pointwise_gradient_kernel[grid](
-        v,
-        dz,
-        partial,
-        v.numel() // depth,
-        g.out_height * g.out_width,
-        DEPTH=depth,
-        FILTERS=filters,
+    area = g.out_height * g.out_width
+    launch = _Launch(
+        "pointwise_gradient_kernel",
+        blocks.grid,
+        (g.batch * area, area),
+        blocks.warps,
+        DEPTH=g.depthwise_channels,
+        FILTERS=g.out_channels,
         LAYOUT=g.layout,
         WIDE=_is_wide(g),
-        PRECISION=_precision(v),
+        PRECISION=precision,
         BLOCK_DEPTH=blocks.depth,
         BLOCK_FILTERS=blocks.filters,
         BLOCK_PIXELS=blocks.pixels,
-        SLAB_TILES=blocks.slab_tiles,
+        TILES=blocks.tiles,
         STAGES=blocks.stages,
-        num_warps=blocks.warps,
     )
-    _sum_slabs(partial, d_pointwise)
+    return launch, blocks.grid[1]
 
 
 def _depthwise_gradients(
@@ -492,37 +491,54 @@ def _depthwise_gradients(
     dx: Tensor | None,
     d_kernel: Tensor | None,
 ) -> None:
-    """Both in one pass where one program can hold the sums of all taps."""
-    together = g.depth_multiplier == 1 and g.kernel_height * g.kernel_width <= tuning.MOST_TAPS
-    if dx is not None and d_kernel is not None and not together:
-        _depthwise_gradients(g, du, x, kernel, dx, None)
-        _depthwise_gradients(g, du, x, kernel, None, d_kernel)
-        return
-    blocks = tuning.image_gradient_blocks(
-        g, x.element_size(), wants_kernel=d_kernel is not None, wants_input=dx is not None
-    )
-    partial = None
+    size = x.element_size()
+    if dx is not None:
+        turned = _turned(g)
+        if turned is not None:
+            launch = _depthwise(turned, size, 0, g.input_activation, flipped=True)
+            launch(du, kernel, None, x if g.input_activation else None, dx)
+        else:
+            _gather(g, size)(du, x, kernel, dx)
     if d_kernel is not None:
-        partial = torch.empty(
-            (blocks.slabs, *g.depthwise_kernel_shape), dtype=torch.float32, device=x.device
-        )
-    channels = g.depthwise_channels if dx is None else g.in_channels
-    grid = (-(-channels // blocks.channels), blocks.slabs, blocks.tap_groups)
-    kernels.depthwise_gradients_kernel[grid](
-        du,
-        x,
-        kernel,
-        dx,
-        partial,
-        *_sizes(g),
-        blocks.tiles,
+        launch, parts = _kernel_sums(g, size)
+        partial = _partial(parts, d_kernel)
+        launch(x, du, partial)
+        _sum_parts(partial, d_kernel)
+
+
+def _turned(g: Geometry) -> Geometry | None:
+    """The depthwise stage that takes du to dx, where it is one: without strides and multiplier."""
+    pad_top = (g.kernel_height - 1) * g.dilation_height - g.pad_top
+    pad_left = (g.kernel_width - 1) * g.dilation_width - g.pad_left
+    if (g.stride_height, g.stride_width, g.depth_multiplier) != (1, 1, 1):
+        return None
+    return g._replace(
+        in_height=g.out_height,
+        in_width=g.out_width,
+        out_height=g.in_height,
+        out_width=g.in_width,
+        out_channels=g.in_channels,
+        pad_top=pad_top,
+        pad_left=pad_left,
+        input_activation=0,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _gather(g: Geometry, bytes_per_element: int) -> _Launch:
+    blocks = tuning.gather_blocks(g, bytes_per_element)
+    return _Launch(
+        "input_gradient_kernel",
+        blocks.grid,
+        _sizes(g),
+        blocks.warps,
         BLOCK_PIXELS=blocks.pixels,
         BLOCK_CHANNELS=blocks.channels,
-        TAPS=blocks.taps,
-        SLAB_TILES=blocks.slab_tiles,
-        num_warps=blocks.warps,
-        num_stages=1,
         **_constants(g),
     )
-    if partial is not None and d_kernel is not None:
-        _sum_slabs(partial, d_kernel)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_sums(g: Geometry, bytes_per_element: int) -> tuple[_Launch, int]:
+    blocks = tuning.kernel_gradient_blocks(g, bytes_per_element)
+    return _walk("kernel_gradient_kernel", g, blocks), blocks.parts
