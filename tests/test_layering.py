@@ -23,7 +23,7 @@ ENGINE = {"numpy", "sepconv", "sepconv.bench."}
 ROOMS = {
     "spec.py": set(),
     "reference.py": {"numpy", "sepconv.spec"},
-    "backends.py": {"sepconv.spec", "sepconv._native"},
+    "backends.py": {"sepconv.spec", "sepconv._native", "sepconv.triton.launch"},
     "numpy.py": {"numpy", "sepconv.spec", "sepconv.backends", "sepconv._native"},
     "jax.py": {"jax", "numpy", "sepconv.spec", "sepconv.backends", "sepconv._native"},
     "torch/quiet.py": {"torch"},
@@ -52,6 +52,18 @@ ROOMS = {
         "sepconv.torch.quiet",
     },
     "torch/*": {"torch", "sepconv.spec", "sepconv.torch."},
+    # The number of blocks and their sizes are integers that anyone may ask for; tensors and the
+    # compiler are needed by those who launch.
+    "triton/__init__.py": set(),
+    "triton/kernels.py": {"triton"},
+    "triton/tuning.py": {"sepconv.spec"},
+    "triton/launch.py": {
+        "torch",
+        "numpy",
+        "sepconv.spec",
+        "sepconv.triton.kernels",
+        "sepconv.triton.tuning",
+    },
     "keras.py": {
         "keras",
         "jax",
@@ -90,6 +102,13 @@ ROOMS = {
     "bench/engines/openvino.py": {"openvino", *ENGINE},
     "bench/engines/tensorflow.py": {"tensorflow", *ENGINE},
     "bench/engines/torch.py": {"torch", *ENGINE, "sepconv.torch"},
+    "bench/engines/cuda.py": {
+        "torch",
+        "sepconv",
+        "sepconv.machine",
+        "sepconv.bench.",
+        "sepconv.torch",
+    },
     "bench/engines/__init__.py": set(),
     "bench/pictures.py": {"matplotlib", "numpy", "sepconv.bench."},
     "bench/command.py": {"rich", "sepconv", "sepconv.plans", "sepconv.bench."},
@@ -378,6 +397,17 @@ def test_tile_sizes_stand_in_the_tuning_file():
     for name in ("forward.cc", "forward.h", "backward.cc", "tiles.h"):
         numbers = {int(n) for n in re.findall(r"(?<![\w.])\d+\b", code_of(CSRC / name))}
         assert not {n for n in numbers if n >= 8}, name
+
+
+def test_block_sizes_of_the_gpu_stand_in_the_tuning_file():
+    allowed = {
+        "kernels.py": {16, 0x7FFF, 0xFFFF0000},  # the bits of bfloat16
+        "launch.py": {24, 31, 4096},  # the bits of an address; calls that are remembered
+    }
+    for name, others in allowed.items():
+        constants = [n for n in ast.walk(syntax_tree(f"triton/{name}")) if type(n) is ast.Constant]
+        numbers = {node.value for node in constants if type(node.value) is int}
+        assert not {n for n in numbers if n >= 8} - others, name
 
 
 def test_every_core_file_is_compiled():

@@ -161,6 +161,16 @@ def bench(
         list[Path] | None,
         typer.Option(help="Measure nothing: tables and page of this CSV. Repeatable."),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, or cuda for torch on a GPU: its rows by default in bfloat16 with 32, 256 "
+            "and 1 images, and in float32 with 32."
+        ),
+    ] = "cpu",
+    budget_seconds: Annotated[
+        float, typer.Option(help="On a GPU, no case begins after this time.")
+    ] = 420.0,
     csv: Annotated[Path, typer.Option(help="Where the results go.")] = Path(
         "reports/bench/bench.csv"
     ),
@@ -173,11 +183,18 @@ def bench(
         from sepconv.bench.candidates import DOORS, USUAL_PEERS, choose
 
         try:
-            from sepconv.bench.command import explain_rows, measure_and_report, report
+            from sepconv.bench.command import (
+                check_device,
+                explain_cases,
+                explain_rows,
+                measure_and_report,
+                report,
+            )
         except ModuleNotFoundError as error:
             raise RuntimeError(
                 f"The benchmark needs the package {error.name}. Run: pip install 'sepconv[bench]'"
             ) from None
+        from sepconv.bench.gpu import GpuPlan, gpu_cases
         from sepconv.bench.problems import MODES
         from sepconv.bench.results import read_csv
         from sepconv.bench.rows import choose_rows
@@ -191,6 +208,26 @@ def bench(
             sources = "".join(f" --report-from {path}" for path in report_from)
             command = f"sepconv bench{sources} --page {page}"
             report(runs, console, page, door=door[0] if door else None, command=command)
+            return
+        check_device(device)
+        if device != "cpu":
+            cases = gpu_cases(
+                choose_rows(network or (), row or (), quick=quick) if network or row else (),
+                batch or (),
+                dtype or (),
+                mode or (),
+                quick=quick,
+                candidates=[*(door or ()), *(peer or ())],
+            )
+            gpu_plan = GpuPlan(
+                cases,
+                rounds=min(rounds, 3 if quick else 5),
+                budget_seconds=min(budget_seconds, 90.0) if quick else budget_seconds,
+            )
+            if explain:
+                explain_cases(gpu_plan, console)
+            else:
+                measure_and_report(gpu_plan, console, csv, page, door=door[0] if door else None)
             return
         peers = () if peer == ["none"] else peer or USUAL_PEERS
         plan = Plan(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,14 +13,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 import sepconv
+from sepconv.bench.gpu import GpuPlan, measure_gpu
 from sepconv.bench.page import FORMATS, write_page
 from sepconv.bench.results import Result, Run, write_csv
 from sepconv.bench.rows import Row
-from sepconv.bench.run import Plan, machine_load, measure
-from sepconv.bench.tables import Table, case_tables, fact_table, note_table, summary_tables
+from sepconv.bench.run import Plan, Step, machine_load, measure
+from sepconv.bench.tables import (
+    Table,
+    case_tables,
+    fact_table,
+    memory_table,
+    note_table,
+    summary_tables,
+)
 from sepconv.bench.workers import pinned
 
-__all__ = ["explain_rows", "measure_and_report", "merge", "report"]
+__all__ = [
+    "check_device",
+    "explain_cases",
+    "explain_rows",
+    "measure_and_report",
+    "merge",
+    "report",
+]
 
 # Below it a machine counts as idle.
 _QUIET_LOAD = 0.7
@@ -48,17 +64,46 @@ def explain_rows(plan: Plan, console: Console) -> None:
                 sepconv.set_num_threads(before)
 
 
-def _explanation(row: Row, batch: int, dtype: str, data_format: str) -> sepconv.Explanation:
+def check_device(device: str) -> None:
+    """Raises `ValueError` unless rows can be measured on this kind of device.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"`device` must be cpu or cuda. Received: device={device!r}")
+
+
+def explain_cases(plan: GpuPlan, console: Console) -> None:
+    """Prints which GPU kernels would run every case; needs no GPU.
+
+    Args:
+        plan: Its cases count.
+        console: Where to.
+    """
+    seen = dict.fromkeys((case.row, case.batch, case.dtype) for case in plan.cases)
+    for row, batch, dtype in seen:
+        text = str(_explanation(row, batch, dtype, "channels_last", "cuda"))
+        console.print(text, "", sep="\n", highlight=False, markup=False)
+
+
+def _explanation(row: Row, batch: int, dtype: str, data_format: str, device: str = "cpu") -> Any:
     spec = row.spec(data_format)
     shape = [batch, row.height, row.width]
     shape.insert(spec.channels_axis, row.channels)
     return sepconv.explain(
-        spec, shape, row.kernel, row.filters, dtype, depth_multiplier=row.depth_multiplier
+        spec,
+        shape,
+        row.kernel,
+        row.filters,
+        dtype,
+        depth_multiplier=row.depth_multiplier,
+        device=device,
     )
 
 
 def measure_and_report(
-    plan: Plan, console: Console, csv: Path, page: Path | None, *, door: str | None = None
+    plan: Plan | GpuPlan, console: Console, csv: Path, page: Path | None, *, door: str | None = None
 ) -> Run:
     """Measures a plan, shows its tables, and writes its files.
 
@@ -73,9 +118,11 @@ def measure_and_report(
 
     Raises:
         RuntimeError: a door of ours fails or is wrong.
-        ValueError: the ending of `page` is none of `FORMATS`.
+        ValueError: the ending of `page` is none of `FORMATS`, or there is no GPU for a `GpuPlan`.
     """
     _check_page(page)
+    steps = _steps(plan)  # Whether there is a GPU shows before anything is measured.
+    count = plan.steps if isinstance(plan, Plan) else len(plan.cases)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,8 +139,8 @@ def measure_and_report(
     run = Run([], {})
     written = 0
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=plan.steps)
-        for step in measure(plan):
+        task = progress.add_task("measuring", total=count)
+        for step in steps:
             progress.update(task, completed=step.done, description=step.now or "done")
             run = step.run
             if step.done > written or not step.now:
@@ -102,6 +149,19 @@ def measure_and_report(
     report([run], console, page, door=door)
     console.print(f"CSV: {csv}", soft_wrap=True, highlight=False)
     return run
+
+
+def _steps(plan: Plan | GpuPlan) -> Iterator[Step]:
+    if isinstance(plan, Plan):
+        return measure(plan)
+    try:
+        from sepconv.bench.engines.cuda import Gpu
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"The benchmark of a GPU needs the package {error.name}. Run: "
+            "pip install 'sepconv[gpu,cli]'"
+        ) from None
+    return measure_gpu(plan, Gpu())
 
 
 def report(
@@ -131,6 +191,8 @@ def report(
             console.print(_rich(part, numbers=True))
     for table in summary_tables(run, door):
         console.print(_rich(table, numbers=True))
+    if (memory := memory_table(run)) is not None:
+        console.print(_rich(memory, numbers=True))
     for words in (note_table(run), fact_table(run)):
         if words is not None:
             console.print(_rich(words, numbers=False))

@@ -15,6 +15,7 @@ from sepconv.bench.tables import (
     case_tables,
     cases_by_setting,
     fact_table,
+    memory_table,
     note_table,
     summary_tables,
 )
@@ -24,7 +25,7 @@ __all__ = ["FORMATS", "write_page"]
 FORMATS = (".html", ".md")
 """What a page can be: HTML that stands alone, or Markdown with its plots in a folder beside it."""
 
-_TITLE = "Benchmarks"
+_TITLE, _GPU_TITLE = "Benchmarks", "Benchmarks on a GPU"
 _INTRODUCTION = (
     "Everyone computes the same layer with the same arrays: a depthwise convolution, a pointwise "
     "one, and a bias. Inference is the forward pass; a training step adds the gradients of the "
@@ -36,6 +37,19 @@ _INTRODUCTION = (
     "arithmetic at the measured peak of the FMA units and of the bytes that it must read and write "
     "at the measured speed of memory; for training that of both passes. Data that stay in the "
     "caches can beat the limit of memory.",
+)
+_GPU_INTRODUCTION = (
+    "Everyone computes the same layer with the same arrays: a depthwise convolution, a pointwise "
+    "one, and a bias. Inference is the forward pass; a training step adds the gradients of the "
+    "input, of both kernels and of the bias. Every result is compared with the formula in float64 "
+    "before it is timed. All take turns, round after round.",
+    "Graph replayed: a CUDA graph of many calls whose inputs and outputs take turns, in all more "
+    "than twice the L2 cache where 64 calls reach that; the time of the kernels alone. Called from "
+    "Python: the same calls one by one, until the last is done; for small layers, the time of "
+    "Python. Times are medians in microseconds, ± half the distance of the quartiles. A ratio is "
+    "the time of the other over ours: above 1, ours is faster. The limit of a layer is the larger "
+    "of its arithmetic at the measured rate of matrix products in its dtype and of the bytes that "
+    "it must read and write at the measured speed of a copy; for training that of both passes.",
 )
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
@@ -74,28 +88,34 @@ def write_page(path: Path, run: Run, door: str | None = None, *, command: str = 
     # Tables of words, not numbers.
     words = [Table("Who is measured, and how", ["candidate", "settings"], who), fact_table(run)]
     words = [*([notes] if notes else []), *words]
-    numbers = [*summary_tables(run, door), *case_tables(run, door)]
+    memory = memory_table(run)
+    numbers = [*summary_tables(run, door), *case_tables(run, door), *([memory] if memory else [])]
+    on_gpu = any(result.device != "cpu" for result in run.results)
+    title = _GPU_TITLE if on_gpu else _TITLE
+    introduction = _GPU_INTRODUCTION if on_gpu else _INTRODUCTION
     made_by = f"Made by `{command}`." if command else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == FORMATS[0]:
-        text = _html(numbers, words, plots, made_by)
+        text = _html(title, introduction, numbers, words, plots, made_by)
     else:
         folder = path.with_suffix("")
         folder.mkdir(exist_ok=True)
         for name, (_, svg) in plots.items():
             (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-        text = _markdown(numbers, words, plots, made_by, folder.name)
+        text = _markdown(title, introduction, numbers, words, plots, made_by, folder.name)
     path.write_text(text, encoding="utf-8")
 
 
 def _markdown(
+    title: str,
+    introduction: Sequence[str],
     numbers: Sequence[Table],
     words: Sequence[Table],
     plots: dict[str, tuple[str, str]],
     made_by: str,
     folder: str,
 ) -> str:
-    lines = [f"# {_TITLE}", *_INTRODUCTION, *([made_by] if made_by else [])]
+    lines = [f"# {title}", *introduction, *([made_by] if made_by else [])]
     for tables, right in ((numbers, "--:"), (words, "---")):
         for table in tables:
             rule = ["---"] + [right] * (len(table.header) - 1)
@@ -115,13 +135,15 @@ def _emphasised(table: Table, row: Sequence[str]) -> list[str]:
 
 
 def _html(
+    title: str,
+    introduction: Sequence[str],
     numbers: Sequence[Table],
     words: Sequence[Table],
     plots: dict[str, tuple[str, str]],
     made_by: str,
 ) -> str:
-    paragraphs = [*_INTRODUCTION, *([made_by.replace("`", "")] if made_by else [])]
-    parts = [f"<h1>{_TITLE}</h1>", *(f"<p>{html.escape(text)}</p>" for text in paragraphs)]
+    paragraphs = [*introduction, *([made_by.replace("`", "")] if made_by else [])]
+    parts = [f"<h1>{title}</h1>", *(f"<p>{html.escape(text)}</p>" for text in paragraphs)]
     parts += [_html_table(table, "numbers") for table in numbers]
     parts.append("<h2>Plots</h2>")
     for title, svg in plots.values():
@@ -131,7 +153,7 @@ def _html(
         )
     parts += [_html_table(table, "words") for table in words]
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{_TITLE}</title>'
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sepconv import _native
 from sepconv.machine import last_level_cache_bytes
 
 __all__ = ["Peaks", "measure_peaks"]
@@ -48,6 +47,8 @@ def measure_peaks(threads: int) -> Peaks:
         >>> min(measure_peaks(1)) > 0
         True
     """
+    from sepconv import _native  # Measurements on a GPU take only the class from here.
+
     elements = 4 * last_level_cache_bytes() // threads // 8
     sources = [np.ones(elements, np.float32) for _ in range(threads)]
     targets = [np.ones(elements, np.float32) for _ in range(threads)]

@@ -35,10 +35,14 @@ class Setting(NamedTuple):
     data_format: str
     threads: int
     buffers: str
+    device: str
 
     def __str__(self) -> str:
         """Returns it in words; what is usual is left out."""
         cpus = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        if self.device != "cpu":
+            how = "graph replayed" if self.buffers == "graph" else "called from Python"
+            return f"{self.mode}, batch {self.batch}, {self.dtype}, {self.device}, {how}"
         parts = [self.mode, f"batch {self.batch}", cpus, self.dtype]
         parts += [self.data_format] * (ConvSpec(data_format=self.data_format).channels_axis == 1)
         parts += [f"{self.buffers} buffers"] * (self.buffers != "warm")
@@ -58,7 +62,8 @@ class Result:
         dtype: Of the arrays.
         data_format: Of the images.
         threads: CPUs that everyone may use.
-        buffers: `"warm"` (one input) or `"fresh"` (inputs that take turns).
+        buffers: `"warm"` (one input) or `"fresh"` (inputs that take turns); on a GPU, where inputs
+            always take turns, `"graph"` or `"eager"`.
         candidate: Who.
         ours: Whether it is a door of this library.
         note: Why there is no time; empty if there is one.
@@ -74,6 +79,8 @@ class Result:
         bound: What takes that time: `"arithmetic"` or `"memory"`.
         fma_peak_gflops: Highest peak of the FMA units that the run saw with these threads.
         memory_gigabytes_per_second: Highest speed of memory that the run saw with these threads.
+        device: `"cpu"` or `"cuda"`, where the peak is that of matrix products in the dtype.
+        peak_megabytes: Most memory of a call beyond its operands, 1e6; NaN where nobody looked.
     """
 
     network: str
@@ -100,6 +107,8 @@ class Result:
     bound: str = ""
     fma_peak_gflops: float = math.nan
     memory_gigabytes_per_second: float = math.nan
+    device: str = "cpu"
+    peak_megabytes: float = math.nan
 
     @property
     def setting(self) -> Setting:
@@ -271,7 +280,9 @@ def read_csv(path: Path) -> Run:
         lines = list(csv.DictReader(file))
     kinds = {field.name: str(field.type) for field in fields(Result)}
     refusal = f"`path` must be a CSV of `sepconv bench`. Received: path={str(path)!r}"
-    if not lines or not set(kinds) <= set(lines[0]):
+    # What is not measured everywhere, an older file may lack.
+    needed = set(kinds) - {"device", "peak_megabytes"}
+    if not lines or not needed <= set(lines[0]):
         raise ValueError(refusal)
 
     def parsed(kind: str, text: str) -> Any:
@@ -283,7 +294,9 @@ def read_csv(path: Path) -> Run:
 
     try:
         results = [
-            Result(**{name: parsed(kind, line[name]) for name, kind in kinds.items()})
+            Result(
+                **{name: parsed(kind, line[name]) for name, kind in kinds.items() if name in line}
+            )
             for line in lines
         ]
     except (TypeError, ValueError):

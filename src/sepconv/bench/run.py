@@ -23,7 +23,7 @@ from sepconv.bench.workers import RefusedError, WorkerError, Workers, pinned
 from sepconv.plans import Work, backward_work, forward_work
 from sepconv.timing import Block, interleaved
 
-__all__ = ["BUFFERS", "Plan", "Step", "machine_load", "measure"]
+__all__ = ["BUFFERS", "Plan", "Step", "machine_load", "measure", "one_line"]
 
 BUFFERS = ("warm", "fresh")
 """One input; or inputs that take turns, in all twice the last-level cache."""
@@ -202,7 +202,7 @@ def _measure_with(plan: Plan, workers: Workers, threads: int, record: _Record) -
         try:
             record.versions = {**workers.versions(candidate), **record.versions}
         except (RefusedError, WorkerError) as error:
-            absent[candidate.name] = _one_line(error)
+            absent[candidate.name] = one_line(error)
     path = workers.folder / "problem.npz"
     for dtype in plan.dtypes:
         for batch in plan.batches:
@@ -270,7 +270,7 @@ class _Turns:
         try:
             return self._block(calls)
         except (RefusedError, WorkerError) as error:
-            self.failure = _one_line(error)
+            self.failure = one_line(error)
             return (math.inf,)
         finally:
             self._left -= time.perf_counter() - start
@@ -303,7 +303,7 @@ def _measure_case(
             turns[candidate.name] = _Turns(workers.block(candidate), plan.turn_seconds)
             note = ""
         except (RefusedError, WorkerError) as reason:
-            note = _one_line(reason)
+            note = one_line(reason)
             if candidate.ours and not getattr(reason, "unable", False):
                 raise RuntimeError(
                     f"{candidate.name}, {blank.mode} of {blank.label}: {note}"
@@ -330,5 +330,6 @@ def _measure_case(
     return list(results.values())
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns the message of an error, shortened to a note."""
     return textwrap.shorten(str(error), _NOTE_LENGTH, placeholder=" ...")

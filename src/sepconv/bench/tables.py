@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sepconv.bench.candidates import CANDIDATES
+from sepconv.bench.problems import MODES
 from sepconv.bench.results import Case, Run, below, cases_of, geometric_mean
 
-__all__ = ["Table", "case_tables", "cases_by_setting", "fact_table", "note_table", "summary_tables"]
+__all__ = [
+    "Table",
+    "case_tables",
+    "cases_by_setting",
+    "fact_table",
+    "memory_table",
+    "note_table",
+    "summary_tables",
+]
 
 _OWN_DOOR = {candidate.name: candidate.door for candidate in CANDIDATES}
 
@@ -125,6 +135,33 @@ def _own_door_cell(cases: Sequence[Case], name: str, own: str) -> str:
     return f"{_times(geometric_mean(ratios))} {own}" if ratios else ""
 
 
+def memory_table(run: Run) -> Table | None:
+    """Returns the most memory of a training step beyond its operands; `None` if nobody looked.
+
+    Args:
+        run: The run.
+    """
+    used: dict[tuple[str, str, int], dict[str, float]] = {}
+    for result in run.results:
+        if result.mode == MODES[-1] and not math.isnan(result.peak_megabytes):
+            here = used.setdefault((result.label, result.dtype, result.batch), {})
+            here[result.candidate] = result.peak_megabytes
+    if not used:
+        return None
+    names = list(dict.fromkeys(name for here in used.values() for name in here))
+    rows = [
+        [
+            label,
+            dtype,
+            str(batch),
+            *(f"{here[name]:.1f}" if name in here else "-" for name in names),
+        ]
+        for (label, dtype, batch), here in used.items()
+    ]
+    title = "Memory of a training step beyond its operands, MB"
+    return Table(title, ["layer", "dtype", "batch", *names], rows)
+
+
 def note_table(run: Run) -> Table | None:
     """Returns who has no time, where, and why; `None` if everyone has all times.
 
@@ -151,10 +188,18 @@ def fact_table(run: Run) -> Table:
         run: The run.
     """
     rows = [[name, value] for name, value in run.facts.items() if value]
-    peaks = {r.threads: (r.fma_peak_gflops, r.memory_gigabytes_per_second) for r in run.results}
-    for threads, (gflops, speed) in sorted(peaks.items()):
-        cpus = "1 thread" if threads == 1 else f"{threads} threads"
-        rows.append([f"peaks, {cpus}", f"{gflops:.1f} GFLOP/s, {speed:.1f} GB/s"])
+    peaks = {
+        (r.threads, r.device, r.dtype if r.device != "cpu" else ""): (
+            r.fma_peak_gflops,
+            r.memory_gigabytes_per_second,
+        )
+        for r in run.results
+    }
+    for (threads, device, dtype), (gflops, speed) in sorted(peaks.items()):
+        who = "1 thread" if threads == 1 else f"{threads} threads"
+        if device != "cpu":
+            who = f"{device}, products of {dtype}"
+        rows.append([f"peaks, {who}", f"{gflops:.1f} GFLOP/s, {speed:.1f} GB/s"])
     return Table("Measured on", ["fact", "value"], rows)
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv import _native
 from sepconv.spec import Geometry
 from sepconv.torch import operators
 from sepconv.torch.composition import activate, times_slope
@@ -86,7 +85,14 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 def saves_output(geometry: Geometry) -> bool:
     """Whether the slope of the activation follows from the output, which is then saved."""
-    return geometry.activation != 0 and _native.slope_follows_from_output(geometry.activation)
+    return geometry.activation != 0 and _slope_follows_from_output(geometry.activation)
+
+
+@functools.cache
+def _slope_follows_from_output(activation: int) -> bool:
+    from sepconv import _native  # Not before: GPU kernels run without it.
+
+    return _native.slope_follows_from_output(activation)
 
 
 def _is_multilinear(geometry: Geometry) -> bool:
