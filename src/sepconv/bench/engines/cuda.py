@@ -41,8 +41,9 @@ _STORES = 4
 # Of one operand of a product in float32, where the switch of torch allows TF32.
 _ROUNDOFF_TF32 = 2.0**-11
 
-# Has no types.
+# Without types.
 _CUDA: Any = torch.cuda
+_CUDNN: Any = torch.backends.cudnn
 
 
 class Gpu:
@@ -72,7 +73,7 @@ class Gpu:
                 "multiprocessors": str(found.multi_processor_count),
                 "l2_mb": f"{found.L2_cache_size / 2**20:.0f}",
                 "cuda": str(torch.version.cuda),
-                "cudnn": str(torch.backends.cudnn.version()),
+                "cudnn": str(_CUDNN.version()),
                 "float32_products": "TF32" if _uses_tf32() else "float32",
                 "cudnn_benchmark": "on",
             }
@@ -127,12 +128,13 @@ class Gpu:
         kind = getattr(torch, dtype)
         a = torch.randn(size, size, device=self.device, dtype=kind)
         b = torch.randn(size, size, device=self.device, dtype=kind)
+        c = torch.empty_like(a)
         matmul: Any = torch.backends.cuda.matmul
         before = matmul.fp32_precision
         try:
             # Our kernels and convolutions follow the switch of convolutions.
             matmul.fp32_precision = "tf32" if _uses_tf32() else "ieee"
-            flops = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=a))
+            flops = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=c))
         finally:
             matmul.fp32_precision = before
         source = torch.zeros(2**30, dtype=torch.uint8, device=self.device)
@@ -340,8 +342,7 @@ class _Ready:
 
 
 def _uses_tf32() -> bool:
-    switches: Any = torch.backends.cudnn
-    return bool(switches.conv.fp32_precision == "tf32")
+    return bool(_CUDNN.conv.fp32_precision == "tf32")
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
