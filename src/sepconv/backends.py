@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sepconv.spec import Geometry
 
-__all__ = ["BACKENDS", "Backend", "Kernels", "choose", "why_not"]
+__all__ = ["BACKENDS", "Backend", "Kernels", "choose", "use_gpu_kernels", "why_not"]
 
 
 class Kernels(NamedTuple):
@@ -59,7 +59,27 @@ def _load_native() -> Kernels:
     return Kernels(_native.forward, _native.backward)
 
 
+_gpu_kernels_in_use = False
+
+
+def use_gpu_kernels(enabled: bool) -> None:
+    """Says whether the GPU kernels, which are experimental, are a choice.
+
+    Plans that were made before keep theirs: doors have functions of their own for that.
+
+    Args:
+        enabled: Whether they are; at first they are not.
+    """
+    global _gpu_kernels_in_use
+    _gpu_kernels_in_use = bool(enabled)
+
+
 def _triton_refusal(geometry: Geometry, dtype: str) -> str | None:
+    if not _gpu_kernels_in_use:
+        return (
+            "the GPU kernels are experimental, and run where `sepconv.torch.use_gpu_kernels()` "
+            "asked for them"
+        )
     if dtype not in _TRITON_DTYPES:
         return f"the GPU kernel computes {', '.join(_TRITON_DTYPES)}, and the data is {dtype}"
     taps = geometry.kernel_height * geometry.kernel_width

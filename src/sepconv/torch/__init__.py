@@ -1,7 +1,8 @@
 """The PyTorch door: one differentiable operation on tensors, and a module of it.
 
-On the CPU a call is one operator of torch forward, and one backward for all gradients. Elsewhere
-torch's own two convolutions run instead; `why_not` tells. Tensors in the channels_last memory
+On the CPU a call is one operator of torch forward, and one backward for all gradients; on an NVIDIA
+GPU too, once `use_gpu_kernels` asked for it. Elsewhere torch's own two convolutions run instead;
+`why_not` tells. Tensors in the channels_last memory
 format and contiguous ones are computed as they lie, and the output lies like the input.
 
 The rooms, from the caller to the kernel: `functions` and `module` are what users call; `layers` has
@@ -23,8 +24,15 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 from sepconv.torch.functions import (
     separable_conv2d,
     separable_conv2d_keras,
+    use_gpu_kernels,
     why_not,
 )
 from sepconv.torch.module import SeparableConv2d
 
-__all__ = ["SeparableConv2d", "separable_conv2d", "separable_conv2d_keras", "why_not"]
+__all__ = [
+    "SeparableConv2d",
+    "separable_conv2d",
+    "separable_conv2d_keras",
+    "use_gpu_kernels",
+    "why_not",
+]

@@ -8,13 +8,14 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from sepconv import backends
 from sepconv.spec import IntOrPair, canonical_activation, canonical_padding, canonical_pair
-from sepconv.torch import plans
+from sepconv.torch import operators, plans
 from sepconv.torch.layers import autocast, keras_layer, torch_layer
 from sepconv.torch.plans import TorchPadding, torch_padding
 from sepconv.torch.registration import as_schema, compiled, compiled_keras
 
-__all__ = ["separable_conv2d", "separable_conv2d_keras", "why_not"]
+__all__ = ["separable_conv2d", "separable_conv2d_keras", "use_gpu_kernels", "why_not"]
 
 
 def separable_conv2d(
@@ -157,6 +158,24 @@ def separable_conv2d_keras(
         data_format,
         names,
     )
+
+
+def use_gpu_kernels(enabled: bool = True) -> None:
+    """Lets calls on NVIDIA GPUs run the kernels of this library, which are experimental.
+
+    They need the package triton. Without this call torch's own two convolutions run there, and
+    `why_not` says so. The kernels compute float32, bfloat16 and float16, with deterministic
+    gradients.
+
+    Args:
+        enabled: Whether calls from now on, of all threads, may run them.
+
+    Example:
+        >>> use_gpu_kernels(False)
+    """
+    backends.use_gpu_kernels(enabled)
+    for cached in (plans.torch_plan_cached, plans.keras_plan_cached, operators.kernels_for):
+        cached.cache_clear()
 
 
 def why_not(

@@ -1,7 +1,9 @@
 """Calls of the GPU kernels on tensors of torch: which ones run, on what, in which blocks.
 
 `forward` and `backward` take what the entry points of `sepconv._native` take, tensors in place of
-arrays: dense ones in the layouts of Keras, and outputs that the caller allocated.
+arrays: dense memory in the order of the layouts of Keras, and outputs that the caller allocated.
+Shapes and strides of the tensors are those that the caller sees, and say nothing here: where torch
+computes on them, they are viewed as what the geometry says.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def backward(
         if dy.numel() == 0:
             return
     operands = (x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias)
+    dy = _viewed(dy, g.y_shape)
     with _on_device_of(*operands):
         reference, from_output = dy, False
         if g.activation and (y is None or ACTIVATIONS[g.activation] not in _FROM_OUTPUT):
@@ -90,6 +93,16 @@ def backward(
         del u
         if du is not None and x.numel() > 0:
             _depthwise_gradients(g, du, x, depthwise_kernel, dx, d_depthwise_kernel)
+
+
+def _viewed(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The memory of a dense tensor in the order in which it lies."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return tensor.as_strided(shape, strides)
 
 
 def _on_device_of(*operands: Tensor | None) -> AbstractContextManager[Any]:
@@ -242,7 +255,7 @@ def _forward(
         launch = _pointwise(g, g.depthwise_channels, g.out_channels, False, g.activation, precision)
         launch(v, pointwise_kernel, bias, y)
         return
-    _library_pointwise(g, v, pointwise_kernel[0, 0], bias, y)
+    _library_pointwise(g, v, _matrix(g, pointwise_kernel), bias, _viewed(y, g.y_shape))
     if g.activation:
         _elementwise(kernels.activate_kernel, y, y, NAME=ACTIVATIONS[g.activation])
 
@@ -309,6 +322,11 @@ def _pointwise(
         BLOCK_DEPTH=blocks.depth,
         STAGES=blocks.stages,
     )
+
+
+def _matrix(g: Geometry, pointwise_kernel: Tensor) -> Tensor:
+    """The pointwise kernel, or its gradient, as (channels, filters)."""
+    return _viewed(pointwise_kernel, (g.depthwise_channels, g.out_channels))
 
 
 def _library_pointwise(
@@ -389,17 +407,18 @@ def _narrow(
 
 
 def _partial(parts: int, gradient: Tensor) -> Tensor:
-    return torch.empty((parts, *gradient.shape), dtype=torch.float32, device=gradient.device)
+    return torch.empty((parts, gradient.numel()), dtype=torch.float32, device=gradient.device)
 
 
 def _sum_parts(partial: Tensor | None, gradient: Tensor | None) -> None:
     """In one order, whatever the device."""
     if partial is None or gradient is None:
         return
+    flat = _viewed(gradient, (gradient.numel(),))
     if gradient.dtype == torch.float32:
-        torch.sum(partial, 0, out=gradient)
+        torch.sum(partial, 0, out=flat)
     else:
-        gradient.copy_(partial.sum(0))
+        flat.copy_(partial.sum(0))
 
 
 def _wide_gradients(
@@ -437,7 +456,7 @@ def _wide_gradients(
         product = _pointwise(g, g.out_channels, g.depthwise_channels, True, 0, _precision(du))
         product(dz, pointwise_kernel, None, du)
     else:
-        _library_pointwise(g, dz, pointwise_kernel[0, 0].t(), None, du)
+        _library_pointwise(g, dz, _matrix(g, pointwise_kernel).t(), None, du)
     if g.depthwise_activation:
         assert u is not None
         _elementwise(kernels.slope_kernel, du, u, du, NAME=between, FROM_OUTPUT=False)
@@ -452,7 +471,7 @@ def _over_pixels(g: Geometry, image: Tensor) -> Tensor:
 def _pointwise_gradient(g: Geometry, v: Tensor, dz: Tensor, d_pointwise: Tensor) -> None:
     depth, filters = g.depthwise_channels, g.out_channels
     if g.layout == 0 and v.dtype != torch.float32:
-        torch.mm(v.view(-1, depth).t(), dz.view(-1, filters), out=d_pointwise[0, 0])
+        torch.mm(v.view(-1, depth).t(), dz.view(-1, filters), out=_matrix(g, d_pointwise))
         return
     launch, parts = _pointwise_sums(g, _precision(v))
     partial = _partial(parts, d_pointwise)
