@@ -13,17 +13,20 @@
 namespace sepconv {
 namespace {
 
-// Pixels of a tile: its depthwise output and one weight panel share the L2 budget.
-template <typename T>
-int64_t TilePixels(int64_t depth, int64_t filters, const Kernels<T>& kernels) {
-  const int64_t element = sizeof(T);
-  int64_t pixels;
-  if (filters <= 2 * kernels.columns) {
-    pixels = std::max(kForwardNarrowTileBytes / (depth * element), 2 * kernels.rows);
-  } else {
-    pixels = (kForwardTileBytes - depth * kernels.columns * element) / (depth * element);
-  }
-  return std::clamp(pixels, kernels.rows, kForwardMaxPixels);
+// Pixels of a tile: its depthwise output and one weight panel share the L2 budget. Whole rows if
+// one fits, by preference a multiple of those that the depthwise stage computes at once.
+template <typename S, typename T = ComputeType<S>>
+int64_t TilePixels(const Problem<S>& p) {
+  const int64_t element = sizeof(T), columns = p.kernels.columns, width = p.g.out_width;
+  const int64_t pixel_bytes = p.TileStride(p.depth) * element;
+  const int64_t budget = kForwardTileBytes - p.depth * columns * element;
+  const bool narrow = p.filters <= 2 * columns;
+  int64_t pixels = (narrow ? std::min(budget, kForwardNarrowTileBytes) : budget) / pixel_bytes;
+  if (narrow && p.slide_rows * width * pixel_bytes <= budget)
+    pixels = std::max(pixels, p.slide_rows * width);
+  if (const int64_t rows = pixels / width; rows > 0)
+    return (rows < p.slide_rows ? rows : rows / p.slide_rows * p.slide_rows) * width;
+  return std::clamp(pixels, p.kernels.rows, kForwardMaxPixels);
 }
 
 template <typename S>
@@ -49,7 +52,7 @@ class ForwardLoop {
                                                              : panels_.count() - 1;
 
     depth_stride_ = p_.TileStride(p_.depth);
-    tile_pixels_ = TilePixels<T>(p_.depth, p_.filters, p_.kernels);
+    tile_pixels_ = TilePixels(p_);
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
     // Several threads share such a layer by its filters, each with a depthwise output of its own.
@@ -62,7 +65,14 @@ class ForwardLoop {
     } else if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) {
       tiles = RoundUp(tiles, threads_);
     }
-    tile_pixels_ = RoundUp(CeilDiv(p_.pixels, tiles), p_.kernels.rows);
+    // Whole rows, if that does not leave a thread much more than the others.
+    const int64_t even = CeilDiv(p_.pixels, tiles);
+    if (tile_pixels_ >= g.out_width && (threads_ == 1 || tiles >= kManyTiles * threads_)) {
+      const int64_t rows = CeilDiv(even, g.out_width);
+      tile_pixels_ = (rows < p_.slide_rows ? rows : RoundUp(rows, p_.slide_rows)) * g.out_width;
+    } else {
+      tile_pixels_ = even;
+    }
     tiles_ = CeilDiv(p_.pixels, tile_pixels_);
     // Too few tiles for the threads: each tile's filters are split, and its depthwise output
     // computed once per part.
@@ -136,12 +146,40 @@ class ForwardLoop {
       const int64_t tile = task / parts_, part = task % parts_;
       const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
       DepthwiseTile(begin, end, scratch);
+      // Where the threads go on side by side, the next tile but the others'.
+      const Stretch fetch = NewRows((task + threads_) / parts_ * tile_pixels_);
       PointwiseTile(begin, end, panels_.count() * part / parts_,
-                    panels_.count() * (part + 1) / parts_, scratch);
+                    panels_.count() * (part + 1) / parts_, fetch, scratch);
     });
   }
 
  private:
+  // A run of memory.
+  struct Stretch {
+    const char* data;
+    int64_t bytes;
+  };
+
+  // The rows of x that the tile from pixel `begin` on is the first to read, or none where they need
+  // no fetch: in L2 already, or scattered.
+  Stretch NewRows(int64_t begin) const {
+    const Geometry& g = p_.g;
+    const int64_t row_bytes = g.in_width * g.in_channels * static_cast<int64_t>(sizeof(S));
+    if (begin >= p_.pixels || g.channels_first() ||
+        g.batch * g.in_height * row_bytes < kFetchInputBytes)
+      return {nullptr, 0};
+    // Rows of the whole batch, up to the last one that an output row reads.
+    const auto end_of = [&](int64_t pixel) {
+      const int64_t row = pixel / g.out_width, image = row / g.out_height;
+      const int64_t reach = row % g.out_height * g.stride_height - g.pad_top + p_.row_reach();
+      return image * g.in_height + std::clamp<int64_t>(reach, 0, g.in_height);
+    };
+    const int64_t first = begin == 0 ? 0 : end_of(begin - 1);
+    const int64_t last = end_of(std::min(p_.pixels, begin + tile_pixels_) - 1);
+    return {reinterpret_cast<const char*>(p_.x) + first * row_bytes,
+            std::max<int64_t>(0, last - first) * row_bytes};
+  }
+
   struct Scratch {
     T* two_panels;  // [depth][panel column] each: the one in use, and the next
     T* tile;        // [pixel][depth]: the depthwise output
@@ -181,11 +219,19 @@ class ForwardLoop {
       if (!keeps_rows_) input.Forget();
       for (int64_t pixel = begin; pixel < end;) {
         const int64_t row = pixel / g.out_width, column = pixel % g.out_width;
-        const int64_t count = std::min(end - pixel, g.out_width - column);
-        DepthwiseRow(p_, input, row / g.out_height, row % g.out_height, column, column + count, q,
-                     q_end, scratch.rows, scratch.taps,
-                     scratch.tile + (pixel - begin) * depth_stride_ + q, depth_stride_);
-        pixel += count;
+        const int64_t image = row / g.out_height, out_row = row % g.out_height;
+        T* out = scratch.tile + (pixel - begin) * depth_stride_ + q;
+        if (const int64_t rows = (end - pixel) / g.out_width; column == 0 && rows > 0) {
+          const int64_t row_end = std::min(out_row + rows, g.out_height);
+          DepthwiseRows(p_, input, image, out_row, row_end, q, q_end, scratch.rows, scratch.taps,
+                        out, depth_stride_);
+          pixel += (row_end - out_row) * g.out_width;
+        } else {
+          const int64_t count = std::min(end - pixel, g.out_width - column);
+          DepthwiseRow(p_, input, image, out_row, column, column + count, q, q_end, scratch.rows,
+                       scratch.taps, out, depth_stride_);
+          pixel += count;
+        }
       }
     }
     if (p_.depthwise_activation() != Activation::kLinear) {
@@ -201,14 +247,17 @@ class ForwardLoop {
   }
 
   void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
-                     const Scratch& scratch) const {
+                     Stretch fetch, const Scratch& scratch) const {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     // relu and relu6 are clamps, which the micro-kernel applies to its registers.
     const Activation activation = gradient_.dz ? Activation::kLinear : p_.activation();
     const bool clamps = activation == Activation::kRelu || activation == Activation::kRelu6;
     const T low = clamps ? 0 : -kInfinity, high = activation == Activation::kRelu6 ? 6 : kInfinity;
     const int64_t pixels = end - begin;
+    const bool packs_now = packs_in_time_ && begin == 0;
     bool packed_before = false;
+    // Each panel fetches its share.
+    const int64_t share = RoundUp(CeilDiv(fetch.bytes, panel_end - panel_begin), kCacheLineBytes);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t column = panels_.begin(panel), count = panels_.columns(panel);
       const T* b = nullptr;
@@ -216,7 +265,7 @@ class ForwardLoop {
       const S* ahead = nullptr;
       T* ahead_to = nullptr;
       if (panel >= first_packed_) b = PackedPanel(panel, scratch);
-      if (packs_in_time_ && begin == 0) {
+      if (packs_now) {
         if (!packed_before) {
           p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
                          PackedPanel(panel, scratch), b_stride);
@@ -240,12 +289,37 @@ class ForwardLoop {
           out_stride = p_.filters;
         }
       }
-      p_.kernels.gemm({pixels, p_.depth, count, scratch.tile, depth_stride_, 1, b, b_stride, out,
-                       out_stride, p_.bias ? p_.bias + column : nullptr, low, high, false,
-                       reinterpret_cast<const char*>(ahead),
-                       p_.filters * static_cast<int64_t>(sizeof(S)),
-                       ahead ? panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) : 0,
-                       false, ahead_to});
+      GemmArgs<T> gemm{pixels,
+                       p_.depth,
+                       count,
+                       scratch.tile,
+                       depth_stride_,
+                       1,
+                       b,
+                       b_stride,
+                       out,
+                       out_stride,
+                       p_.bias ? p_.bias + column : nullptr,
+                       low,
+                       high,
+                       false};
+      if (ahead) {
+        gemm.ahead = reinterpret_cast<const char*>(ahead);
+        gemm.ahead_stride = p_.filters * static_cast<int64_t>(sizeof(S));
+        gemm.ahead_row_bytes = panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S));
+        gemm.ahead_to = ahead_to;
+      }
+      if (panel + 1 < panel_end && panel >= first_packed_ && !packs_now &&
+          p_.depth * p_.filters * static_cast<int64_t>(sizeof(T)) > kFetchWeightBytes) {
+        gemm.ahead = reinterpret_cast<const char*>(PackedPanel(panel + 1, scratch));
+        gemm.ahead_stride = panels_.width(panel + 1) * static_cast<int64_t>(sizeof(T));
+        gemm.ahead_row_bytes = gemm.ahead_stride;
+      }
+      gemm.fetch = fetch.data;
+      gemm.fetch_bytes = std::min(share, fetch.bytes);
+      p_.kernels.gemm(gemm);
+      fetch.data += gemm.fetch_bytes;
+      fetch.bytes -= gemm.fetch_bytes;
       if (activation != Activation::kLinear && !clamps) {
         p_.kernels.activate(activation, out, pixels, count, out_stride);
       }

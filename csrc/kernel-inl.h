@@ -171,6 +171,8 @@ void GemmPanel(const GemmArgs<T>& g) {
   const T* a = g.a;
   T* c = g.c;
   const int64_t row_bytes = g.depth * static_cast<int64_t>(sizeof(T));
+  const int64_t fetch_lines = (g.fetch_bytes + kCacheLineBytes - 1) / kCacheLineBytes;
+  int64_t fetched = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = small + (tile < larger);
     // The first four tiles fetch or copy a quarter of the rows each.
@@ -184,6 +186,9 @@ void GemmPanel(const GemmArgs<T>& g) {
           __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
       }
     }
+    const int64_t fetch_end = fetch_lines * (tile + 1) / tiles;
+    for (; fetched < fetch_end; ++fetched)
+      __builtin_prefetch(g.fetch + fetched * kCacheLineBytes, 0, 2);
     MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c, ahead, ahead_to);
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;
@@ -340,6 +345,98 @@ void Depthwise(const DepthwiseArgs<T>& d) {
   }
   for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP>(d, pixel);
   for (; pixel < d.pixels; ++pixel) DepthwisePixels<T, 1>(d, pixel);
+}
+
+// A window that slides along kRows rows of pixels: every column of the source is loaded once, for
+// all windows that reach it. sum[r][j] belongs to the pixel whose window has the present column as
+// its column j; when the window moves on, the sums move to the next j, which renames registers and
+// computes nothing. Every pixel is summed up in the same order, whatever rows and pixels share the
+// call.
+template <typename T, int kWindow, int kRows, bool kWhole>
+SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count) {
+  constexpr int kSources = kRows + kWindow - 1;
+  Vec<T> weight[kWindow][kWindow];
+#pragma GCC unroll 8
+  for (int i = 0; i < kWindow; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kWindow; ++j) {
+      const T* from = d.weights + (i * kWindow + j) * d.weight_stride + channel;
+      weight[i][j] = LoadLanes<kWhole>(from, count);
+    }
+  }
+  const Vec<T> bias = d.bias ? LoadLanes<kWhole>(d.bias + channel, count) : Vec<T>{};
+  Vec<T> sum[kRows][kWindow];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kWindow; ++j) sum[r][j] = bias;
+  }
+  const T* source[kSources];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSources; ++i) source[i] = d.sources[i];
+  int64_t from = d.first_column * d.source_stride + channel;
+  int64_t to = channel - (kWindow - 1) * d.out_stride;
+  for (int64_t step = 0; step < d.pixels + kWindow - 1; ++step) {
+    if (const int64_t column = d.first_column + step; 0 <= column && column < d.width) {
+      Vec<T> x[kSources];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSources; ++i) {
+        if (kRows > 1 || source[i]) x[i] = LoadLanes<kWhole>(source[i] + from, count);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kWindow; ++i) {
+        if (kRows == 1 && !source[i]) continue;
+#pragma GCC unroll 8
+        for (int j = 0; j < kWindow; ++j) {
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) MultiplyAdd(sum[r][j], x[i + r], weight[i][j]);
+        }
+      }
+    }
+    if (step >= kWindow - 1) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        StoreLanes<kWhole>(d.out + to + r * d.out_row_stride, count, sum[r][kWindow - 1]);
+    }
+    from += d.source_stride;
+    to += d.out_stride;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int j = kWindow - 1; j > 0; --j) sum[r][j] = sum[r][j - 1];
+      sum[r][0] = bias;
+    }
+  }
+}
+
+template <typename T, int kWindow, int kRows>
+void SlideChannels(const SlideArgs<T>& d) {
+  constexpr int kL = kLanes<T>;
+  int64_t channel = 0;
+  for (; channel + kL <= d.channels; channel += kL)
+    SlideStrip<T, kWindow, kRows, true>(d, channel, kL);
+  if (channel < d.channels)
+    SlideStrip<T, kWindow, kRows, false>(d, channel, static_cast<int>(d.channels - channel));
+}
+
+template <typename T, int kWindow, size_t... R>
+SEPCONV_INLINE void SlideByRows(const SlideArgs<T>& d, std::index_sequence<R...>) {
+  static constexpr void (*kTable[])(const SlideArgs<T>&) = {SlideChannels<T, kWindow, R + 1>...};
+  kTable[d.rows - 1](d);
+}
+
+template <typename T>
+void Slide(const SlideArgs<T>& d) {
+  constexpr auto kRows = std::make_index_sequence<kTuning.slide_rows[0]>();
+  constexpr auto kWideRows = std::make_index_sequence<kTuning.slide_rows[1]>();
+  switch (d.window) {
+    case 3:
+      return SlideByRows<T, 3>(d, kRows);
+    case 5:
+      return SlideByRows<T, 5>(d, kWideRows);
+    default:
+      return SlideByRows<T, 7>(d, kWideRows);
+  }
 }
 
 template <typename T, int kTaps, int kVectors, bool kWhole>
@@ -523,8 +620,10 @@ constexpr Kernels<T> MakeKernels() {
   return {kLanes<T>,
           kTuning.micro_rows[kTuning.micro_vectors - 1],
           kTuning.micro_vectors * kLanes<T>,
+          {kTuning.slide_rows[0], kTuning.slide_rows[1]},
           Gemm<T>,
           Depthwise<T>,
+          Slide<T>,
           DepthwiseGradient<T>,
           ActivateRows<T>,
           GradientTimesSlopeFromInput<T>,

@@ -32,6 +32,9 @@ struct GemmArgs {
   int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
   bool fetch_rows = false;                        // A comes from memory: fetch its next rows too
   T* ahead_to = nullptr;
+  // So many bytes of memory from here on are fetched into L2 meanwhile.
+  const char* fetch = nullptr;
+  int64_t fetch_bytes = 0;
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
@@ -53,6 +56,27 @@ struct DepthwiseArgs {
   int64_t out_stride;
 };
 
+// Rows of pixels whose windows overlap: `window` (3, 5 or 7) neighbouring rows and columns of taps.
+// Output row r, of as many as `SlideRows` allows, reads the source rows sources[r], ...,
+// sources[r + window - 1]; pixel p the columns first_column + p, ..., first_column + p + window -
+// 1, those of them that are in [0, width).
+//   out[r][p][c] = bias[c] + sum over i, j of sources[r + i][first_column + p + j][c] *
+//                  weights[i * window + j][c]
+// A source row that does not exist is null; there is then one output row.
+template <typename T>
+struct SlideArgs {
+  int64_t window, rows, pixels, channels;
+  const T* const* sources;
+  int64_t source_stride, first_column, width;
+  const T* weights;
+  int64_t weight_stride;
+  const T* bias;  // null: none
+  T* out;
+  int64_t out_stride, out_row_stride;
+};
+inline constexpr bool HasSlide(int64_t window) { return window == 3 || window == 5 || window == 7; }
+inline constexpr int64_t kMaxSlideSources = 16;
+
 // weight_sum[c] += sum over pixels of source[p * source_stride + c] * gradient[p * gradient_stride
 // + c], per tap
 template <typename T>
@@ -66,8 +90,10 @@ struct DepthwiseGradientArgs {
 template <typename T>
 struct Kernels {
   int64_t lanes, rows, columns;  // of the widest micro-kernel tile
+  int64_t slide_rows[2];         // of a window of 3, and of a wider one
   void (*gemm)(const GemmArgs<T>&);
   void (*depthwise)(const DepthwiseArgs<T>&);
+  void (*slide)(const SlideArgs<T>&);
   void (*depthwise_gradient)(const DepthwiseGradientArgs<T>&);
   void (*activate)(Activation, T* data, int64_t rows, int64_t columns, int64_t stride);
   // out = gradient * slope(z), or gradient * slope given the activation's output y. `out` may be
@@ -78,6 +104,8 @@ struct Kernels {
   void (*fma_chains)(int64_t steps,
                      T* result);  // `fma_chain_flops` floating-point operations a step
   int64_t fma_chain_flops;
+
+  int64_t SlideRows(int64_t window) const { return slide_rows[window > 3]; }
 };
 
 // Rows from the storage type S to the compute type, and back.

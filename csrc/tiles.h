@@ -112,6 +112,9 @@ struct Problem {
     }
     columns = ColumnPlan(g.out_width, g.stride_width, taps);
     // Rows of x are read in place where they already are what the depthwise kernel wants.
+    slides = g.kernel_height == g.kernel_width && HasSlide(g.kernel_width) &&
+             g.stride_height == 1 && g.stride_width == 1;
+    slide_rows = slides && g.dilation_height == 1 ? kernels.SlideRows(g.kernel_width) : 1;
     rows_in_place = std::is_same_v<S, T> && !g.channels_first() && g.depth_multiplier == 1 &&
                     g.input_activation == static_cast<int64_t>(Activation::kLinear);
   }
@@ -142,6 +145,8 @@ struct Problem {
   const T* bias = nullptr;
   ColumnPlan columns;
   bool rows_in_place = false;
+  bool slides = false;     // the depthwise stage is a sliding window
+  int64_t slide_rows = 1;  // output rows that it computes at once
 };
 
 inline int64_t ThreadsFor(int64_t macs) {
@@ -224,7 +229,9 @@ class InputRows {
  public:
   using T = ComputeType<S>;
 
-  static int64_t NumSlots(const Problem<S>& p) { return std::min(p.row_reach(), p.g.in_height); }
+  static int64_t NumSlots(const Problem<S>& p) {
+    return std::min(p.row_reach() + p.slide_rows - 1, p.g.in_height);
+  }
   // Elements of staging memory for `columns` columns and `channels` channels.
   static int64_t StagedElements(const Problem<S>& p, int64_t columns, int64_t channels) {
     return p.rows_in_place ? 0 : NumSlots(p) * columns * channels;
@@ -255,7 +262,7 @@ class InputRows {
     return count;
   }
 
- private:
+  // Input row `row` of `image`, which exists.
   const T* Row(int64_t image, int64_t row) {
     const Geometry& g = p_.g;
     if constexpr (std::is_same_v<S, T>) {
@@ -276,11 +283,52 @@ class InputRows {
     return data - column_begin_ * channels;
   }
 
+ private:
   const Problem<S>& p_;
   T* staged_;
   int64_t* staged_row_;
   int64_t q_begin_ = 0, q_end_ = 0, column_begin_ = 0, column_end_ = 0;
 };
+
+// How many rows from `row` on, up to `row_end`, a sliding window computes at once: several only
+// where every row that they read is inside the image.
+template <typename S>
+int64_t RowsAtOnce(const Problem<S>& p, int64_t row, int64_t row_end) {
+  const int64_t top = row - p.g.pad_top;
+  if (top < 0) return 1;
+  return std::clamp<int64_t>(std::min(row_end - row, p.g.in_height - p.g.kernel_height + 1 - top),
+                             1, p.slide_rows);
+}
+
+// Output rows [out_row, out_row + num_rows), pixels [begin, end) of each, by a sliding window.
+template <typename S, typename T = ComputeType<S>>
+void SlideOver(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t out_row,
+               int64_t num_rows, int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, T* out,
+               int64_t out_stride) {
+  const Geometry& g = p.g;
+  const T* sources[kMaxSlideSources];
+  const int64_t num_sources = g.kernel_height + num_rows - 1;
+  for (int64_t i = 0; i < num_sources; ++i) {
+    const int64_t row = out_row - g.pad_top + i * g.dilation_height;
+    sources[i] = row < 0 || row >= g.in_height ? nullptr : input.Row(image, row);
+  }
+  // With dilation, the pixels at a distance of `step` are a row of their own, of every step-th
+  // column of the source.
+  const int64_t step = g.dilation_width, stride = input.column_stride();
+  for (int64_t phase = 0; phase < std::min(step, end - begin); ++phase) {
+    const int64_t column = begin + phase - g.pad_left;
+    const int64_t first = column >= 0 ? column / step : -CeilDiv(-column, step);
+    const int64_t shift = column - first * step;
+    const T* shifted[kMaxSlideSources];
+    for (int64_t i = 0; i < num_sources; ++i)
+      shifted[i] = sources[i] ? sources[i] + shift * stride : nullptr;
+    p.kernels.slide({g.kernel_width, num_rows, CeilDiv(end - begin - phase, step), q_end - q_begin,
+                     shifted, step * stride, first, CeilDiv(g.in_width - shift, step),
+                     p.depthwise_kernel + q_begin, p.depth,
+                     p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
+                     out + phase * out_stride, step * out_stride, (end - begin) * out_stride});
+  }
+}
 
 // Depthwise output of pixels [begin, end) of one output row, before bias-free activation, to
 // out[pixel][channel].
@@ -288,6 +336,10 @@ template <typename S, typename T = ComputeType<S>>
 void DepthwiseRow(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t out_row,
                   int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, SourceRow<T>* rows,
                   Tap<T>* taps, T* out, int64_t out_stride) {
+  if (p.slides) {
+    SlideOver(p, input, image, out_row, 1, begin, end, q_begin, q_end, out, out_stride);
+    return;
+  }
   const int64_t num_rows = input.Rows(image, out_row, rows);
   ForEachSegment<T>(
       p.columns, begin, end, rows, num_rows, input.column_stride(), p.g.kernel_width, p.depth,
@@ -298,6 +350,24 @@ void DepthwiseRow(const Problem<S>& p, InputRows<S>& input, int64_t image, int64
                              p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
                              out + (first - begin) * out_stride, out_stride});
       });
+}
+
+// The same of whole rows [row_begin, row_end), one behind the other.
+template <typename S, typename T = ComputeType<S>>
+void DepthwiseRows(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t row_begin,
+                   int64_t row_end, int64_t q_begin, int64_t q_end, SourceRow<T>* rows,
+                   Tap<T>* taps, T* out, int64_t out_stride) {
+  const int64_t width = p.g.out_width;
+  for (int64_t row = row_begin; row < row_end;) {
+    const int64_t count = p.slides ? RowsAtOnce(p, row, row_end) : 1;
+    T* to = out + (row - row_begin) * width * out_stride;
+    if (count > 1) {
+      SlideOver(p, input, image, row, count, 0, width, q_begin, q_end, to, out_stride);
+    } else {
+      DepthwiseRow(p, input, image, row, 0, width, q_begin, q_end, rows, taps, to, out_stride);
+    }
+    row += count;
+  }
 }
 
 // Rounds to the storage type and back, where an unfused network would store the value.

@@ -16,6 +16,7 @@ struct TargetTuning {
   int micro_vectors;                 // widest panel, in vectors (filters)
   int micro_rows[kMaxMicroVectors];  // rows by broadcast (pixels, or depthwise channels in the
                                      // weight gradient)
+  int slide_rows[2];  // output rows of a sliding depthwise window of 3, and of a wider one
   int depthwise_pixels;
   int depthwise_vectors;  // depthwise_vectors * vector_bytes = one cache line: neighbouring taps
                           // share lines
@@ -25,27 +26,45 @@ struct TargetTuning {
 // 32 registers: 14 x 2 = 28 accumulators + 2 columns + 1 broadcast = 31. Per step 16 loads feed 28
 // FMAs; two loads and two FMAs start per cycle, so loads stay hidden. 28 independent FMAs cover 4
 // cycles of latency x 2 pipes threefold.
-inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, 8, 1, 9};
+// Sliding window of 3: 4 x 3 sums + 9 weights + 6 columns + bias = 28. The 6 loads of a column
+// serve 36 FMAs, where a single row needs 3 for 9, and every line of x is fetched from L2 1.5 times
+// instead of 3 times. Wider windows keep their weights in L1; a weight loaded serves both rows.
+inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, {4, 2}, 8, 1, 9};
 
 // 16 registers: 6 x 2 = 12 accumulators + 2 columns + 1 broadcast leave one for the compiler; 4 x 3
 // would need all 16, and spills. Per step 8 loads feed 12 FMAs, two of each a cycle. 12 >= 8 FMAs
 // in flight (4 cycles x 2 pipes).
-inline constexpr TargetTuning kAvx2Tuning{32, 2, {12, 6, 0, 0}, 4, 2, 5};
+inline constexpr TargetTuning kAvx2Tuning{32, 2, {12, 6, 0, 0}, {2, 2}, 4, 2, 5};
 
 // 32 registers of 4 floats: 6 x 4 = 24 accumulators + 4 columns + 1 broadcast = 29.
-inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, 4, 4, 4};
+inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, {4, 2}, 4, 4, 4};
 
 // SSE2 class: 16 registers of 4 floats, no FMA: 8 accumulators leave room for products.
-inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, 2, 2, 4};
+inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, {2, 2}, 2, 2, 4};
 
-// Bytes of cache a forward tile may fill: the L2 of the smallest server core in use today (512 KB),
-// of which a little over half goes to the depthwise tile plus one weight panel; the rest is for x,
-// y and the next panel.
-inline constexpr int64_t kForwardTileBytes = 288 * 1024;
+// Bytes of cache a forward tile may fill: of the L2 of the smallest server core in use today (512
+// KB), some more than half goes to the depthwise tile plus one weight panel; the rest is for x, y
+// and the next panel. Twice as much is slower where L2 has 1 MB, too: x and y pass through it.
+inline constexpr int64_t kForwardTileBytes = 320 * 1024;
 
-// Upper bound on pixels of a forward tile: beyond it the weights are read seldom enough
-// (128 / pixels bytes per cycle and core) and a larger tile would only leave L2.
+// Narrow pointwise stages use the depthwise tile only once or twice. It comes from L2 as fast as
+// from L1 then, so the tile need not be larger than it takes to slide over several rows at once.
+inline constexpr int64_t kForwardNarrowTileBytes = 96 * 1024;
+
+// Upper bound on pixels of a forward tile that is not made of whole rows: beyond it the weights are
+// read seldom enough (128 / pixels bytes per cycle and core).
 inline constexpr int64_t kForwardMaxPixels = 256;
+
+// Tiles per thread from which on a tile of whole rows more or less for one of them is not noticed.
+inline constexpr int64_t kManyTiles = 6;
+
+// Input larger than this does not lie in L2, and the rows of the next tile are fetched during the
+// arithmetic of this one (17 % at 147 x 147 x 64; where they are in L2 already it costs 2 %).
+inline constexpr int64_t kFetchInputBytes = 2 * 1024 * 1024;
+
+// Packed weights larger than this have left L2 when the next tile comes, and every panel is fetched
+// while the one before computes (6 % at 19 x 19 x 728).
+inline constexpr int64_t kFetchWeightBytes = 1024 * 1024;
 
 inline constexpr int64_t kCacheLineBytes = 64;
 
@@ -54,18 +73,15 @@ inline constexpr int64_t kCacheLineBytes = 64;
 inline constexpr int64_t kFetchTiles = 2;
 
 // Where the depthwise output of all pixels fits these bytes of L2 beside one weight panel, and the
-// weights take more than those, every panel is packed just before its only use, while the rows of
-// the one before are computed: the weights are then read once, where packing them all first would
-// write and read them once more.
+// weights take more than the second, every panel is packed just before its only use,
+// while the rows of the one before are computed: the weights are then read once, where packing them
+// all first would write and read them once more.
 inline constexpr int64_t kForwardWholeBytes = 416 * 1024;
 inline constexpr int64_t kForwardWholeWeightBytes = 256 * 1024;
 
 // Rows between the fetch of a row of weights and its copy: at a row every four steps of the depth,
 // 24 cycles on AVX2, time enough for memory (350 cycles).
 inline constexpr int64_t kCopyFetchRows = 24;
-
-// Narrow pointwise stages use the depthwise tile only once or twice: keep it in L1 instead.
-inline constexpr int64_t kForwardNarrowTileBytes = 24 * 1024;
 
 // Up to this many pixels the pointwise weights are read in place: packing them would cost as much
 // as using them.
