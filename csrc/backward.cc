@@ -549,14 +549,14 @@ class BackwardLoop {
     if (!to) return;
     const int64_t blocks = CeilDiv(count, kReductionBlock);
     ParallelFor(blocks, ThreadsFor(count * slabs_), [&](int64_t block, int64_t) {
-      const int64_t end = std::min(count, (block + 1) * kReductionBlock);
-      for (int64_t i = block * kReductionBlock; i < end; ++i) {
-        T sum = (sums[0].*member)[i];
-        for (int64_t slab = 1; slab < slabs_; ++slab) sum += (sums[slab].*member)[i];
-        (sums[0].*member)[i] = sum;
+      const int64_t begin = block * kReductionBlock,
+                    end = std::min(count, begin + kReductionBlock);
+      T* sum = sums[0].*member;
+      for (int64_t slab = 1; slab < slabs_; ++slab) {
+        const T* partial = sums[slab].*member;
+        for (int64_t i = begin; i < end; ++i) sum[i] += partial[i];
       }
-      const int64_t begin = block * kReductionBlock;
-      p_.copies.store(sums[0].*member + begin, end - begin, 1, end - begin,
+      p_.copies.store(sum + begin, end - begin, 1, end - begin,
                       static_cast<S*>(to) + begin, end - begin);
     });
   }

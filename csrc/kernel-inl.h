@@ -10,6 +10,14 @@
 template <int kRows, bool kUnitRows>
 inline constexpr int kBases = kUnitRows ? 1 : (kRows + 2) / 3;
 
+// pointer += count, with the sum in a register from here on. Left to itself, the compiler keeps an
+// offset for every row and step on the stack: one more load per row.
+template <typename T>
+SEPCONV_INLINE void Advance(const T*& pointer, int64_t count) {
+  pointer += count;
+  asm("" : "+r"(pointer));
+}
+
 // One step of the depth: kRows broadcasts times kVectors loads, all products into the accumulators.
 template <typename T, int kRows, int kVectors, bool kUnitRows>
 SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
@@ -68,16 +76,17 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
       ahead += g.ahead_stride;
       ahead_to += b_stride;
     }
-    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
-    b += b_stride;
-    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, depth_stride, b);
-    b += b_stride;
-    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 2 * depth_stride, b);
-    b += b_stride;
-    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 3 * depth_stride, b);
-    b += b_stride;
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+      MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride,
+                                               kUnitRows ? 0 : step * depth_stride, b);
+      b += b_stride;
+      if constexpr (kUnitRows) Advance(base[0], depth_stride);
+    }
+    if constexpr (!kUnitRows) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += 4 * depth_stride;
+      for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += 4;
+    }
   }
   for (; k < g.depth; ++k) {
     MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
