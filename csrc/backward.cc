@@ -93,7 +93,7 @@ class BackwardLoop {
     const int64_t tile_at = own.Add(chunk_pixels_ * slice_stride_, sizeof(T));
     const int64_t dz_tile_at =
         own.Add(dz_in_place_ || recompute_slope_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
-    const int64_t dz_panel_at = own.Add(chunk_pixels_ * p_.kernels.columns, sizeof(T));
+    const int64_t dz_panels_at = own.Add(2 * chunk_pixels_ * p_.kernels.columns, sizeof(T));
     const int64_t y_rows_at =
         own.Add(dz_in_place_ || recompute_slope_ ? 0 : kTransposeBlock * dz_stride_, sizeof(T));
     const int64_t staged_at =
@@ -137,7 +137,7 @@ class BackwardLoop {
       const Scratch scratch = {reinterpret_cast<T*>(mine + ring_at),
                                reinterpret_cast<T*>(mine + tile_at),
                                reinterpret_cast<T*>(mine + dz_tile_at),
-                               reinterpret_cast<T*>(mine + dz_panel_at),
+                               reinterpret_cast<T*>(mine + dz_panels_at),
                                reinterpret_cast<T*>(mine + y_rows_at),
                                reinterpret_cast<T*>(mine + staged_at),
                                reinterpret_cast<int64_t*>(mine + staged_row_at),
@@ -161,11 +161,11 @@ class BackwardLoop {
 
  private:
   struct Scratch {
-    T* ring;      // [pixel][slice channel]: dD of the rows that dx still needs
-    T* tile;      // [pixel][slice channel]: D of the chunk
-    T* dz_tile;   // [pixel][filter]
-    T* dz_panel;  // [pixel][panel column]
-    T* y_rows;    // [pixel of a block][filter]
+    T* ring;       // [pixel][slice channel]: dD of the rows that dx still needs
+    T* tile;       // [pixel][slice channel]: D of the chunk
+    T* dz_tile;    // [pixel][filter]
+    T* dz_panels;  // [pixel][panel column] each: the one in use, and the next
+    T* y_rows;     // [pixel of a block][filter]
     T* staged;
     int64_t* staged_row;
     T* dx_row;  // two rows of [column][slice channel]
@@ -411,17 +411,27 @@ class BackwardLoop {
       T* tile = scratch.tile + own_first * slice_stride_;
       RoundToStorage<S>(p_, tile, own_pixels, channels, slice_stride_);
       const Panels panels(p_.filters, p_.kernels);
+      const T* own_dz = dz + own_first * dz_stride_;
+      bool copied = false;
       for (int64_t i = 0; i < panels.count(); ++i) {
-        const int64_t f = panels.begin(i);
+        const int64_t f = panels.begin(i), width = panels.width(i);
+        T* panel = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
+        T* next = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
         // Packed, the panel is a few pages that all row tiles share; in place, every pixel is a
         // page of its own.
-        CopiesOf<T>(p_.target).load(dz + own_first * dz_stride_ + f, dz_stride_, own_pixels,
-                                    panels.columns(i), panels.width(i), scratch.dz_panel,
-                                    panels.width(i));
-        p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_,
-                         scratch.dz_panel, panels.width(i),
-                         task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters,
-                         nullptr, -kInfinity, kInfinity, !task.first_chunk});
+        if (!copied) {
+          CopiesOf<T>(p_.target).load(own_dz + f, dz_stride_, own_pixels, panels.columns(i), width,
+                                      panel, width);
+        }
+        // A panel as wide as this one is copied by the micro-kernel.
+        copied = i + 1 < panels.count() && panels.columns(i + 1) == width;
+        p_.kernels.gemm(
+            {channels, own_pixels, panels.columns(i), tile, 1, slice_stride_, panel, width,
+             task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters, nullptr,
+             -kInfinity, kInfinity, !task.first_chunk,
+             copied ? reinterpret_cast<const char*>(own_dz + panels.begin(i + 1)) : nullptr,
+             dz_stride_ * static_cast<int64_t>(sizeof(T)), width * static_cast<int64_t>(sizeof(T)),
+             false, copied ? next : nullptr});
       }
     }
     if (task.sums.bias && task.first_slice) {
@@ -549,15 +559,14 @@ class BackwardLoop {
     if (!to) return;
     const int64_t blocks = CeilDiv(count, kReductionBlock);
     ParallelFor(blocks, ThreadsFor(count * slabs_), [&](int64_t block, int64_t) {
-      const int64_t begin = block * kReductionBlock,
-                    end = std::min(count, begin + kReductionBlock);
+      const int64_t begin = block * kReductionBlock, end = std::min(count, begin + kReductionBlock);
       T* sum = sums[0].*member;
       for (int64_t slab = 1; slab < slabs_; ++slab) {
         const T* partial = sums[slab].*member;
         for (int64_t i = begin; i < end; ++i) sum[i] += partial[i];
       }
-      p_.copies.store(sum + begin, end - begin, 1, end - begin,
-                      static_cast<S*>(to) + begin, end - begin);
+      p_.copies.store(sum + begin, end - begin, 1, end - begin, static_cast<S*>(to) + begin,
+                      end - begin);
     });
   }
 

@@ -37,7 +37,7 @@ SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
 
 // What a register tile does beside its sums: nothing, or every four steps of the depth one row of
 // what comes next.
-enum class Beside { kNothing, kFetch, kCopy };
+enum class Beside { kNothing, kFetch, kFetchRows, kCopy };
 
 template <typename T, int kVectors>
 SEPCONV_INLINE void CopyRow(const char* from, T* to) {
@@ -65,6 +65,14 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + g.ahead_row_bytes - 1, 0, 2);
       ahead += g.ahead_stride;
+    }
+    if constexpr (kBeside == Beside::kFetchRows) {
+      // As much as the tile itself reads of A in four steps.
+      constexpr int kBytes = kRows * 4 * static_cast<int>(sizeof(T));
+#pragma GCC unroll 16
+      for (int byte = 0; byte < kBytes; byte += static_cast<int>(kCacheLineBytes))
+        __builtin_prefetch(ahead + byte, 0, 3);
+      ahead += kBytes;
     }
     if constexpr (kBeside == Beside::kCopy) {
       // Far enough ahead for memory, and near enough that rows a power of two apart, which share a
@@ -112,8 +120,10 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * g.c_stride, 1);
   }
-  if (!kUnitRows && ahead_to) {
+  if (ahead_to) {
     MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
+  } else if (!kUnitRows && ahead && g.fetch_rows) {
+    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kFetchRows>(g, a, ahead, nullptr, sum);
   } else if (!kUnitRows && ahead) {
     MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kFetch>(g, a, ahead, nullptr, sum);
   } else {
@@ -179,7 +189,6 @@ void GemmPanel(const GemmArgs<T>& g) {
   constexpr auto kRowCounts = std::make_index_sequence<kRows>();
   const T* a = g.a;
   T* c = g.c;
-  const int64_t row_bytes = g.depth * static_cast<int64_t>(sizeof(T));
   const int64_t fetch_lines = (g.fetch_bytes + kCacheLineBytes - 1) / kCacheLineBytes;
   int64_t fetched = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -188,13 +197,8 @@ void GemmPanel(const GemmArgs<T>& g) {
     const bool busy = g.ahead && tile < 4;
     const char* ahead = busy ? g.ahead + tile * (g.depth / 4) * g.ahead_stride : nullptr;
     T* ahead_to = busy && g.ahead_to ? g.ahead_to + tile * (g.depth / 4) * g.b_stride : nullptr;
-    if (!kUnitRows && g.fetch_rows && tile + kFetchTiles < tiles) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* row = a + (kFetchTiles * rows + r) * g.a_row_stride;
-        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLineBytes)
-          __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
-      }
-    }
+    if (!kUnitRows && g.fetch_rows)
+      ahead = reinterpret_cast<const char*>(a + kFetchTiles * rows * g.a_row_stride);
     const int64_t fetch_end = fetch_lines * (tile + 1) / tiles;
     for (; fetched < fetch_end; ++fetched)
       __builtin_prefetch(g.fetch + fetched * kCacheLineBytes, 0, 2);
