@@ -79,6 +79,9 @@ void LoadRowsTransposed(const S* from, int64_t stride, int64_t rows, int64_t cou
       const int columns = static_cast<int>(std::min<int64_t>(width - c, kL));
       for (int64_t r = run; r < run_end; r += kL) {
         const int num_rows = static_cast<int>(std::min<int64_t>(run_end - r, kL));
+        // The next columns of this run, or the first ones of the next.
+        const S* ahead = c + kL < width ? from + (c + kL) * stride + r : from + r + kRun;
+        for (int i = 0; i < kL; ++i) __builtin_prefetch(ahead + i * stride);
         Vec<T> square[kL];
         for (int i = 0; i < kL; ++i) {
           const S* at = from + (c + i) * stride + r;
