@@ -54,6 +54,10 @@ class BackwardLoop {
                  : recompute_slope_ ? RoundUp(p_.filters, p_.kernels.lanes)
                                     : p_.TileStride(p_.filters);
     dx_in_place_ = p_.rows_in_place;
+    windows_ = g.kernel_height == g.kernel_width && g.kernel_width % 2 == 1 &&
+               g.kernel_width >= 3 && g.kernel_width <= p_.kernels.gradient_window &&
+               g.stride_height == 1 && g.stride_width == 1 && g.dilation_height == 1 &&
+               g.dilation_width == 1 && g.out_width >= g.kernel_width - 1;
     PlanSlices();
     PlanSlabs();
     PlanRows();
@@ -100,6 +104,7 @@ class BackwardLoop {
         own.Add(InputRows<S>::StagedElements(p_, g.in_width, slice_channels_), sizeof(T));
     const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
     const int64_t dx_row_at = own.Add(dx_in_place_ ? 0 : 2 * g.in_width * slice_stride_, sizeof(T));
+    const int64_t sources_at = own.Add(chunk_rows_ + g.kernel_height, sizeof(T*));
     const int64_t rows_at = own.Add(g.kernel_height, sizeof(SourceRow<T>));
     const int64_t taps_at = own.Add(taps, sizeof(Tap<T>));
     const Buffer buffer(shared.bytes() + threads_ * own.bytes());
@@ -142,6 +147,7 @@ class BackwardLoop {
                                reinterpret_cast<T*>(mine + staged_at),
                                reinterpret_cast<int64_t*>(mine + staged_row_at),
                                reinterpret_cast<T*>(mine + dx_row_at),
+                               reinterpret_cast<const T**>(mine + sources_at),
                                reinterpret_cast<SourceRow<T>*>(mine + rows_at),
                                reinterpret_cast<Tap<T>*>(mine + taps_at)};
       const int64_t slice = task % slices_, slab = task / slices_;
@@ -169,6 +175,7 @@ class BackwardLoop {
     T* staged;
     int64_t* staged_row;
     T* dx_row;  // two rows of [column][slice channel]
+    const T** sources;
     SourceRow<T>* rows;
     Tap<T>* taps;
   };
@@ -186,13 +193,23 @@ class BackwardLoop {
 
   void PlanSlices() {
     // A channel's multiples stay together, so that dx of a channel is summed by one task.
-    const int64_t unit = p_.g.depth_multiplier == 1 ? kSliceUnit : p_.g.depth_multiplier;
-    const int64_t wanted = CeilDiv(p_.depth, kBackwardChannels);
-    slice_channels_ = std::min(p_.depth, RoundUp(CeilDiv(p_.depth, wanted), unit));
-    slices_ = CeilDiv(p_.depth, slice_channels_);
+    slice_unit_ = p_.g.depth_multiplier * CeilDiv(kSliceUnit, p_.g.depth_multiplier);
+    units_ = CeilDiv(p_.depth, slice_unit_);
+    int64_t wanted = CeilDiv(p_.depth, kBackwardChannels);
+    // Slices alone must keep the threads busy: as many as every usual number of threads divides.
+    if (p_.depth >= kSliceGroup * kSliceMinChannels && p_.pixels < 2 * kBackwardSlabPixels)
+      wanted = RoundUp(wanted, kSliceGroup);
+    slices_ = std::min(wanted, units_);
+    slice_channels_ = std::min(p_.depth, CeilDiv(units_, slices_) * slice_unit_);
     slice_stride_ = p_.TileStride(slice_channels_);
     packed_slice_elements_ =
         needs_depthwise_gradient() ? RoundUp(slice_channels_, p_.kernels.lanes) * p_.filters : 0;
+  }
+
+  // Slices of nearly equal numbers of whole units: 728 channels are 80 + 96 + 96 + 96 + 80 + 96 +
+  // 96 + 88, not 7 x 96 + 56, of which one of two threads would get 10 % more than the other.
+  int64_t SliceBegin(int64_t slice) const {
+    return std::min(p_.depth, units_ * slice / slices_ * slice_unit_);
   }
 
   void PlanSlabs() {
@@ -248,8 +265,7 @@ class BackwardLoop {
 
   // Rows [slice channels] of the transposed pointwise kernel as panels [filter][panel column].
   void PackSlice(int64_t slice, T* packed) const {
-    const int64_t q_begin = slice * slice_channels_,
-                  q_end = std::min(p_.depth, q_begin + slice_channels_);
+    const int64_t q_begin = SliceBegin(slice), q_end = SliceBegin(slice + 1);
     const Panels panels(q_end - q_begin, p_.kernels);
     for (int64_t i = 0; i < panels.count(); ++i) {
       p_.copies.load_transposed(pointwise_ + (q_begin + panels.begin(i)) * p_.filters, p_.filters,
@@ -261,8 +277,8 @@ class BackwardLoop {
   void RunTask(int64_t slice, int64_t slab, const T* packed, const WeightSums<T>& sums,
                const Scratch& scratch) const {
     const Geometry& g = p_.g;
-    Task task{slice * slice_channels_,
-              std::min(p_.depth, (slice + 1) * slice_channels_),
+    Task task{SliceBegin(slice),
+              SliceBegin(slice + 1),
               slice == 0,
               true,
               packed,
@@ -399,11 +415,16 @@ class BackwardLoop {
                                  task.sums.depthwise_bias + task.q_begin);
     }
     if (task.sums.depthwise_kernel) {
+      const int64_t rows_at_once = p_.rows_in_place ? own_end - own_begin : 1;
       for (int64_t image = 0; image < sweep.images; ++image) {
-        for (int64_t r = own_begin; r < own_end; ++r) {
-          AddDepthwiseKernelGradient(
-              task, sweep.image + image, r,
-              d_depthwise + (image * (row_end - row) + r - row) * width * slice_stride_);
+        const T* gradient = d_depthwise + image * (row_end - row) * width * slice_stride_;
+        for (int64_t r = own_begin; windows_ && r < own_end; r += rows_at_once) {
+          AddWindowGradient(task, sweep.image + image, r, rows_at_once,
+                            gradient + (r - row) * width * slice_stride_);
+        }
+        for (int64_t r = own_begin; !windows_ && r < own_end; ++r) {
+          AddDepthwiseKernelGradient(task, sweep.image + image, r,
+                                     gradient + (r - row) * width * slice_stride_);
         }
       }
     }
@@ -463,6 +484,19 @@ class BackwardLoop {
       }
     }
     return scratch.dz_tile;
+  }
+
+  // Output rows [out_row, out_row + rows) where windows_.
+  void AddWindowGradient(Task& task, int64_t image, int64_t out_row, int64_t rows,
+                         const T* gradient) const {
+    const Geometry& g = p_.g;
+    const T** sources = task.scratch.sources;
+    for (int64_t i = 0; i < rows + g.kernel_height - 1; ++i)
+      sources[i] = task.input.RowOrNull(image, out_row + i - g.pad_top);
+    p_.kernels.window_gradient({g.kernel_width, rows, g.out_width, task.q_end - task.q_begin,
+                                sources, task.input.column_stride(), -g.pad_left, g.in_width,
+                                gradient, slice_stride_, g.out_width * slice_stride_,
+                                task.sums.depthwise_kernel + task.q_begin, p_.depth});
   }
 
   void AddDepthwiseKernelGradient(Task& task, int64_t image, int64_t out_row,
@@ -581,8 +615,10 @@ class BackwardLoop {
   S* dx_;
   int64_t threads_;
   bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false;
+  bool windows_ = false;  // dKd is summed up by window_gradient
   int64_t dz_stride_ = 0;
-  int64_t slices_ = 1, slice_channels_ = 0, slice_stride_ = 0, packed_slice_elements_ = 0;
+  int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,
+          packed_slice_elements_ = 0;
   int64_t slabs_ = 1, bands_ = 1;
   int64_t images_at_once_ = 1, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0, ring_pixels_ = 0;
   std::vector<ColumnPlan> gather_;

@@ -520,6 +520,89 @@ void DepthwiseGradient(const DepthwiseGradientArgs<T>& d) {
   }
 }
 
+// All kWindow x kWindow sums stay in registers for all rows, and each column is loaded once for the
+// pixels of its row that read it.
+template <typename T, int kWindow, bool kWhole>
+void WindowGradientStrip(const WindowGradientArgs<T>& d, int64_t channel, int count) {
+  Vec<T> sum[kWindow][kWindow];
+#pragma GCC unroll 8
+  for (int i = 0; i < kWindow; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kWindow; ++j) sum[i][j] = Vec<T>{};
+  }
+  // Step t reads column first_column + t, which is column j of the window of pixel t - j.
+  const int64_t pixels = d.pixels;
+  const int64_t begin = std::max<int64_t>(0, -d.first_column);
+  const int64_t end = std::min(pixels + kWindow - 1, d.width - d.first_column);
+  const int64_t stride = d.source_stride, gradient_stride = d.gradient_stride;
+  const int64_t first = (d.first_column + begin) * stride + channel;
+  for (int64_t r = 0; r < d.rows; ++r) {
+    const T* const* source = d.sources + r;
+    const T* next = d.gradient + r * d.gradient_row_stride + begin * gradient_stride + channel;
+    // g[j] is that of pixel t - j.
+    Vec<T> g[kWindow];
+#pragma GCC unroll 8
+    for (int j = 0; j + 1 < kWindow; ++j) {
+      g[j] = begin - 1 - j >= 0 ? LoadLanes<kWhole>(next - (1 + j) * gradient_stride, count)
+                                : Vec<T>{};
+    }
+    int64_t offset = first;
+    for (int64_t t = begin; t < end; ++t) {
+#pragma GCC unroll 8
+      for (int j = kWindow - 1; j > 0; --j) g[j] = g[j - 1];
+      if (t < pixels) g[0] = LoadLanes<kWhole>(next, count);
+      next += gradient_stride;
+      if (t >= kWindow - 1 && t < pixels) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kWindow; ++i) {
+          if (!source[i]) continue;
+          const Vec<T> x = LoadLanes<kWhole>(source[i] + offset, count);
+#pragma GCC unroll 8
+          for (int j = 0; j < kWindow; ++j) MultiplyAdd(sum[i][j], x, g[j]);
+        }
+      } else {
+        // Some pixels do not exist. A product with zero in their place would not do: the column may
+        // be infinite.
+#pragma GCC unroll 8
+        for (int i = 0; i < kWindow; ++i) {
+          if (!source[i]) continue;
+          const Vec<T> x = LoadLanes<kWhole>(source[i] + offset, count);
+#pragma GCC unroll 8
+          for (int j = 0; j < kWindow; ++j) {
+            if (0 <= t - j && t - j < pixels) MultiplyAdd(sum[i][j], x, g[j]);
+          }
+        }
+      }
+      offset += stride;
+    }
+  }
+  T* to = d.weight_sums + channel;
+#pragma GCC unroll 8
+  for (int i = 0; i < kWindow; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kWindow; ++j) {
+      T* at = to + (i * kWindow + j) * d.weight_stride;
+      StoreLanes<kWhole>(at, count, LoadLanes<kWhole>(at, count) + sum[i][j]);
+    }
+  }
+}
+
+template <typename T, int kWindow>
+void WindowGradientChannels(const WindowGradientArgs<T>& d) {
+  constexpr int kL = kLanes<T>;
+  int64_t channel = 0;
+  for (; channel + kL <= d.channels; channel += kL)
+    WindowGradientStrip<T, kWindow, true>(d, channel, kL);
+  if (channel < d.channels)
+    WindowGradientStrip<T, kWindow, false>(d, channel, static_cast<int>(d.channels - channel));
+}
+
+template <typename T>
+void WindowGradient(const WindowGradientArgs<T>& d) {
+  if (d.window == 3) return WindowGradientChannels<T, 3>(d);
+  if constexpr (kTuning.gradient_window >= 5) return WindowGradientChannels<T, 5>(d);
+}
+
 template <typename T, Activation kActivation>
 struct ActivateOp {
   static SEPCONV_INLINE Vec<T> Run(Vec<T> x, Vec<T>) { return Activate<T, kActivation>(x); }
@@ -638,6 +721,8 @@ constexpr Kernels<T> MakeKernels() {
           Depthwise<T>,
           Slide<T>,
           DepthwiseGradient<T>,
+          kTuning.gradient_window,
+          WindowGradient<T>,
           ActivateRows<T>,
           GradientTimesSlopeFromInput<T>,
           GradientTimesSlopeFromOutput<T>,

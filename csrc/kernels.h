@@ -87,6 +87,20 @@ struct DepthwiseGradientArgs {
   int64_t gradient_stride;
 };
 
+// The same for whole rows of pixels whose windows lie side by side: weight_sums[i * window + j] +=
+// sum over rows r and pixels p of sources[r + i][first_column + p + j] * gradient[r][p], where the
+// source row is not null and the column in [0, width). At least window - 1 pixels a row.
+template <typename T>
+struct WindowGradientArgs {
+  int64_t window, rows, pixels, channels;
+  const T* const* sources;  // column 0
+  int64_t source_stride, first_column, width;
+  const T* gradient;
+  int64_t gradient_stride, gradient_row_stride;
+  T* weight_sums;
+  int64_t weight_stride;
+};
+
 template <typename T>
 struct Kernels {
   int64_t lanes, rows, columns;  // of the widest micro-kernel tile
@@ -95,6 +109,8 @@ struct Kernels {
   void (*depthwise)(const DepthwiseArgs<T>&);
   void (*slide)(const SlideArgs<T>&);
   void (*depthwise_gradient)(const DepthwiseGradientArgs<T>&);
+  int64_t gradient_window;  // the widest of window_gradient, which has the odd ones from 3 on
+  void (*window_gradient)(const WindowGradientArgs<T>&);
   void (*activate)(Activation, T* data, int64_t rows, int64_t columns, int64_t stride);
   // out = gradient * slope(z), or gradient * slope given the activation's output y. `out` may be
   // any of the inputs.

@@ -257,9 +257,13 @@ class InputRows {
     int64_t count = 0;
     for (int64_t i = 0; i < p_.g.kernel_height; ++i) {
       const int64_t row = out_row * p_.g.stride_height + i * p_.g.dilation_height - p_.g.pad_top;
-      if (row >= 0 && row < p_.g.in_height) rows[count++] = {i, Row(image, row)};
+      if (const T* data = RowOrNull(image, row)) rows[count++] = {i, data};
     }
     return count;
+  }
+  // Column 0 of a row of x, as if it were there; null outside the image.
+  const T* RowOrNull(int64_t image, int64_t row) {
+    return row >= 0 && row < p_.g.in_height ? Row(image, row) : nullptr;
   }
 
   // Input row `row` of `image`, which exists.

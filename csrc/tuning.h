@@ -21,6 +21,7 @@ struct TargetTuning {
   int depthwise_vectors;  // depthwise_vectors * vector_bytes = one cache line: neighbouring taps
                           // share lines
   int gradient_taps;
+  int gradient_window;  // its square sums, a row of gradients and a column fill the registers
 };
 
 // 32 registers: 14 x 2 = 28 accumulators + 2 columns + 1 broadcast = 31. Per step 16 loads feed 28
@@ -29,18 +30,18 @@ struct TargetTuning {
 // Sliding window of 3: 4 x 3 sums + 9 weights + 6 columns + bias = 28. The 6 loads of a column
 // serve 36 FMAs, where a single row needs 3 for 9, and every line of x is fetched from L2 1.5 times
 // instead of 3 times. Wider windows keep their weights in L1; a weight loaded serves both rows.
-inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, {4, 2}, 8, 1, 9};
+inline constexpr TargetTuning kAvx512Tuning{64, 2, {14, 14, 0, 0}, {4, 2}, 8, 1, 9, 5};
 
 // 16 registers: 6 x 2 = 12 accumulators + 2 columns + 1 broadcast leave one for the compiler; 4 x 3
 // would need all 16, and spills. Per step 8 loads feed 12 FMAs, two of each a cycle. 12 >= 8 FMAs
 // in flight (4 cycles x 2 pipes).
-inline constexpr TargetTuning kAvx2Tuning{32, 2, {12, 6, 0, 0}, {2, 2}, 4, 2, 5};
+inline constexpr TargetTuning kAvx2Tuning{32, 2, {12, 6, 0, 0}, {2, 2}, 4, 2, 5, 3};
 
 // 32 registers of 4 floats: 6 x 4 = 24 accumulators + 4 columns + 1 broadcast = 29.
-inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, {4, 2}, 4, 4, 4};
+inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, {4, 2}, 4, 4, 4, 5};
 
 // SSE2 class: 16 registers of 4 floats, no FMA: 8 accumulators leave room for products.
-inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, {2, 2}, 2, 2, 4};
+inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, {2, 2}, 2, 2, 4, 3};
 
 // Bytes of cache a forward tile may fill: of the L2 of the smallest server core in use today (512
 // KB), some more than half goes to the depthwise tile plus one weight panel; the rest is for x, y
@@ -95,10 +96,15 @@ inline constexpr int64_t kBackwardPixels = 112;
 // Depthwise channels of a backward slice: the unit of parallel work without any reduction. The
 // slice of the weight gradient (channels * filters) must stay in L2 while the pixels stream by;
 // every slice reads dy again.
-inline constexpr int64_t kBackwardChannels = 96;
+inline constexpr int64_t kBackwardChannels = 128;
 
 // Slices start at multiples of a cache line of floats.
 inline constexpr int64_t kSliceUnit = 16;
+
+// Where there are no slabs, the slices are a multiple of this many, if they get channels enough:
+// two and four threads then have equal shares.
+inline constexpr int64_t kSliceGroup = 4;
+inline constexpr int64_t kSliceMinChannels = 48;
 
 // Backward tasks aimed at. It must depend on nothing but the shape: partial sums are cut here, so
 // the number of tasks is part of the numerical result, and the result must not depend on the
