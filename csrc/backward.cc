@@ -53,6 +53,10 @@ class BackwardLoop {
     dz_stride_ = dz_in_place_       ? p_.filters
                  : recompute_slope_ ? RoundUp(p_.filters, p_.kernels.lanes)
                                     : p_.TileStride(p_.filters);
+    // Packed, a panel is a few pages that all row tiles share; in place, pixels of many filters are
+    // pages apart. The micro-kernel reads whole vectors.
+    packs_dz_ = dz_stride_ * static_cast<int64_t>(sizeof(T)) > kUnpackedPixelBytes ||
+                p_.filters % p_.kernels.lanes != 0;
     dx_in_place_ = p_.rows_in_place;
     windows_ = g.kernel_height == g.kernel_width && g.kernel_width % 2 == 1 &&
                g.kernel_width >= 3 && g.kernel_width <= p_.kernels.gradient_window &&
@@ -435,27 +439,39 @@ class BackwardLoop {
       const T* own_dz = dz + own_first * dz_stride_;
       bool copied = false;
       for (int64_t i = 0; i < panels.count(); ++i) {
-        const int64_t f = panels.begin(i), width = panels.width(i);
-        T* panel = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
-        T* next = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
-        // Packed, the panel is a few pages that all row tiles share; in place, every pixel is a
-        // page of its own.
-        if (!copied) {
-          CopiesOf<T>(p_.target).load(own_dz + f, dz_stride_, own_pixels, panels.columns(i), width,
-                                      panel, width);
+        const int64_t f = panels.begin(i);
+        const T* panel = own_dz + f;
+        int64_t panel_stride = dz_stride_;
+        const T* ahead = nullptr;
+        T* ahead_to = nullptr;
+        if (packs_dz_) {
+          T* copy = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
+          panel_stride = panels.width(i);
+          if (!copied) {
+            CopiesOf<T>(p_.target).load(panel, dz_stride_, own_pixels, panels.columns(i),
+                                        panel_stride, copy, panel_stride);
+          }
+          panel = copy;
+          // A panel as wide as this one is copied by the micro-kernel.
+          copied = i + 1 < panels.count() && panels.columns(i + 1) == panel_stride;
+          if (copied) {
+            ahead = own_dz + panels.begin(i + 1);
+            ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
+          }
         }
-        // A panel as wide as this one is copied by the micro-kernel.
-        copied = i + 1 < panels.count() && panels.columns(i + 1) == width;
-        p_.kernels.gemm(
-            {channels, own_pixels, panels.columns(i), tile, 1, slice_stride_, panel, width,
-             task.sums.pointwise_kernel + task.q_begin * p_.filters + f, p_.filters, nullptr,
-             -kInfinity, kInfinity, !task.first_chunk,
-             copied ? reinterpret_cast<const char*>(own_dz + panels.begin(i + 1)) : nullptr,
-             dz_stride_ * static_cast<int64_t>(sizeof(T)), width * static_cast<int64_t>(sizeof(T)),
-             false, copied ? next : nullptr});
+        p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_, panel,
+                         panel_stride, task.sums.pointwise_kernel + task.q_begin * p_.filters + f,
+                         p_.filters, nullptr, -kInfinity, kInfinity, !task.first_chunk,
+                         reinterpret_cast<const char*>(ahead),
+                         dz_stride_ * static_cast<int64_t>(sizeof(T)),
+                         panel_stride * static_cast<int64_t>(sizeof(T)), false, ahead_to});
+        if (task.sums.bias && task.first_slice) {
+          p_.kernels.add_column_sums(panel, own_pixels, panels.columns(i), panel_stride,
+                                     task.sums.bias + f);
+        }
       }
     }
-    if (task.sums.bias && task.first_slice) {
+    if (task.sums.bias && task.first_slice && !task.sums.pointwise_kernel) {
       p_.kernels.add_column_sums(dz + own_first * dz_stride_, own_pixels, p_.filters, dz_stride_,
                                  task.sums.bias);
     }
@@ -614,7 +630,8 @@ class BackwardLoop {
   const S* pointwise_;
   S* dx_;
   int64_t threads_;
-  bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false;
+  bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false,
+       packs_dz_ = true;
   bool windows_ = false;  // dKd is summed up by window_gradient
   int64_t dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,

@@ -662,27 +662,41 @@ void GradientTimesSlopeFromOutput(Activation activation, const T* gradient, cons
   ElementwiseFor<T, SlopeFromOutputOp>(activation)(y, gradient, out, count);
 }
 
+// Several rows at once, so that no addition waits for the one before.
 template <typename T, int kVectors, bool kWhole>
 SEPCONV_INLINE void AddColumnSumsOf(const T* data, int64_t rows, int64_t stride, int count,
                                     T* sums) {
-  constexpr int kL = kLanes<T>;
-  Vec<T> sum[kVectors];
+  constexpr int kL = kLanes<T>, kRows = 4;
+  Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) sum[v] = Vec<T>{};
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sum[i][v] = Vec<T>{};
+  }
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        sum[i][v] += LoadLanes<kWhole>(data + (r + i) * stride + v * kL, count);
+    }
+  }
+  for (; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      sum[v] += LoadLanes<kWhole>(data + r * stride + v * kL, count);
+      sum[0][v] += LoadLanes<kWhole>(data + r * stride + v * kL, count);
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-    StoreLanes<kWhole>(sums + v * kL, count, LoadLanes<kWhole>(sums + v * kL, count) + sum[v]);
+    const Vec<T> total = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+    StoreLanes<kWhole>(sums + v * kL, count, LoadLanes<kWhole>(sums + v * kL, count) + total);
   }
 }
 
 template <typename T>
 void AddColumnSums(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums) {
-  constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors * 4;
+  constexpr int kL = kLanes<T>, kV = 2;
   int64_t c = 0;
   for (; c + kV * kL <= columns; c += kV * kL)
     AddColumnSumsOf<T, kV, true>(data + c, rows, stride, kL, sums + c);

@@ -98,6 +98,10 @@ inline constexpr int64_t kBackwardPixels = 112;
 // every slice reads dy again.
 inline constexpr int64_t kBackwardChannels = 128;
 
+// The weight gradient reads dy in place where a pixel takes at most this much: 112 pixels of two
+// cache lines each then still find a place in L1, whose sets repeat every 4096 bytes.
+inline constexpr int64_t kUnpackedPixelBytes = 256;
+
 // Slices start at multiples of a cache line of floats.
 inline constexpr int64_t kSliceUnit = 16;
 
