@@ -5,7 +5,8 @@
 // Work is cut into slices of depthwise channels, which are independent in D, dD, dx, dKd and the
 // rows of dKp, and, where the slices are few, into slabs of images or rows with partial sums of
 // their own, added in a fixed order. Both cuts follow from the shape alone, so every number of
-// threads gives the same bits. dx is gathered, never scattered.
+// threads gives the same bits. dx is gathered, never scattered; its rows between two slabs of rows
+// come last, from the rows of dD that the slabs have kept.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -95,6 +96,9 @@ class BackwardLoop {
     const int64_t dz_at = shared.Add(recompute_slope_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
     const int64_t partial = sums_in_place_ ? 0 : p_.depth * (taps + p_.filters + 1) + p_.filters;
     const int64_t partials_at = shared.Add(slabs_ * partial, sizeof(T));
+    const int64_t cuts = dx_ && edge_rows_ > 0 ? g.batch * (bands_ - 1) : 0;
+    const int64_t edges_at =
+        shared.Add(cuts * slices_ * 2 * edge_rows_ * g.out_width * slice_stride_, sizeof(T));
     Layout64 own;
     const int64_t packed_slice_at = own.Add(packs_in_time ? packed_slice_elements_ : 0, sizeof(T));
     const int64_t ring_at = own.Add(ring_pixels_ * slice_stride_, sizeof(T));
@@ -115,6 +119,7 @@ class BackwardLoop {
     char* memory = buffer.As<char>();
     T* packed = reinterpret_cast<T*>(memory + packed_at);
     dz_ = reinterpret_cast<T*>(memory + dz_at);
+    edges_ = reinterpret_cast<T*>(memory + edges_at);
 
     if (recompute_slope_) {
       const ForwardArgs forward = {
@@ -131,8 +136,10 @@ class BackwardLoop {
     std::vector<WeightSums<T>> sums(slabs_);
     for (int64_t slab = 0; slab < slabs_; ++slab) {
       T* to = reinterpret_cast<T*>(memory + partials_at) + slab * partial;
-      sums[slab] = {to, to + taps * p_.depth, to + (taps + p_.filters) * p_.depth,
-                    to + (taps + p_.filters + 1) * p_.depth};
+      sums[slab] = {args_.d_depthwise_kernel ? to : nullptr,
+                    args_.d_pointwise_kernel ? to + taps * p_.depth : nullptr,
+                    args_.d_depthwise_bias ? to + (taps + p_.filters) * p_.depth : nullptr,
+                    args_.d_bias ? to + (taps + p_.filters + 1) * p_.depth : nullptr};
       if constexpr (std::is_same_v<S, T>) {
         if (sums_in_place_) {
           sums[slab] = {static_cast<T*>(args_.d_depthwise_kernel),
@@ -141,24 +148,31 @@ class BackwardLoop {
         }
       }
     }
-    ParallelFor(slices_ * slabs_, threads_, [&](int64_t task, int64_t worker) {
+    const auto scratch_of = [&](int64_t worker) {
       char* mine = memory + shared.bytes() + worker * own.bytes();
-      const Scratch scratch = {reinterpret_cast<T*>(mine + ring_at),
-                               reinterpret_cast<T*>(mine + tile_at),
-                               reinterpret_cast<T*>(mine + dz_tile_at),
-                               reinterpret_cast<T*>(mine + dz_panels_at),
-                               reinterpret_cast<T*>(mine + y_rows_at),
-                               reinterpret_cast<T*>(mine + staged_at),
-                               reinterpret_cast<int64_t*>(mine + staged_row_at),
-                               reinterpret_cast<T*>(mine + dx_row_at),
-                               reinterpret_cast<const T**>(mine + sources_at),
-                               reinterpret_cast<SourceRow<T>*>(mine + rows_at),
-                               reinterpret_cast<Tap<T>*>(mine + taps_at)};
+      return Scratch{reinterpret_cast<T*>(mine + packed_slice_at),
+                     reinterpret_cast<T*>(mine + ring_at),
+                     reinterpret_cast<T*>(mine + tile_at),
+                     reinterpret_cast<T*>(mine + dz_tile_at),
+                     reinterpret_cast<T*>(mine + dz_panels_at),
+                     reinterpret_cast<T*>(mine + y_rows_at),
+                     reinterpret_cast<T*>(mine + staged_at),
+                     reinterpret_cast<int64_t*>(mine + staged_row_at),
+                     reinterpret_cast<T*>(mine + dx_row_at),
+                     reinterpret_cast<const T**>(mine + sources_at),
+                     reinterpret_cast<SourceRow<T>*>(mine + rows_at),
+                     reinterpret_cast<Tap<T>*>(mine + taps_at)};
+    };
+    ParallelFor(slices_ * slabs_, threads_, [&](int64_t task, int64_t worker) {
+      const Scratch scratch = scratch_of(worker);
       const int64_t slice = task % slices_, slab = task / slices_;
-      T* packed_slice = packs_in_time ? reinterpret_cast<T*>(mine + packed_slice_at)
-                                      : packed + slice * packed_slice_elements_;
+      T* packed_slice =
+          packs_in_time ? scratch.packed_slice : packed + slice * packed_slice_elements_;
       if (needs_depthwise_gradient() && packs_in_time) PackSlice(slice, packed_slice);
       RunTask(slice, slab, packed_slice, sums[slab], scratch);
+    });
+    ParallelFor(cuts * slices_, threads_, [&](int64_t task, int64_t worker) {
+      RunEdge(task / slices_, task % slices_, scratch_of(worker));
     });
     if (!sums_in_place_) {
       AddSlabs(args_.d_depthwise_kernel, taps * p_.depth, sums, &WeightSums<T>::depthwise_kernel);
@@ -171,6 +185,7 @@ class BackwardLoop {
 
  private:
   struct Scratch {
+    T* packed_slice;
     T* ring;       // [pixel][slice channel]: dD of the rows that dx still needs
     T* tile;       // [pixel][slice channel]: D of the chunk
     T* dz_tile;    // [pixel][filter]
@@ -184,11 +199,21 @@ class BackwardLoop {
     Tap<T>* taps;
   };
 
-  // A run of images, or of rows of one image: what a task goes through in one sweep.
+  // A run of images, or a band of rows of one image: what a task goes through in one sweep.
   struct Sweep {
-    int64_t image, images;
-    int64_t out_begin, out_end;  // rows whose weight gradients this sweep adds
-    int64_t in_begin, in_end;    // rows of dx that it writes
+    int64_t image, images, band;
+    int64_t out_begin, out_end;
+    int64_t in_begin, in_end;  // rows of dx that its dD rows complete
+  };
+
+  struct Channels {
+    int64_t begin, end;
+  };
+
+  // Rows of dD, several behind each other: output row `first_row` + i stands in row i % num_rows.
+  struct GradientRows {
+    const T* data;
+    int64_t first_row, num_rows;
   };
 
   bool needs_depthwise_gradient() const {
@@ -201,8 +226,8 @@ class BackwardLoop {
     units_ = CeilDiv(p_.depth, slice_unit_);
     int64_t wanted = CeilDiv(p_.depth, kBackwardChannels);
     // Slices alone must keep the threads busy: as many as every usual number of threads divides.
-    if (p_.depth >= kSliceGroup * kSliceMinChannels && p_.pixels < 2 * kBackwardSlabPixels)
-      wanted = RoundUp(wanted, kSliceGroup);
+    if (p_.depth >= kTaskGroup * kSliceMinChannels && p_.pixels < 2 * kBackwardSlabPixels)
+      wanted = RoundUp(wanted, kTaskGroup);
     slices_ = std::min(wanted, units_);
     slice_channels_ = std::min(p_.depth, CeilDiv(units_, slices_) * slice_unit_);
     slice_stride_ = p_.TileStride(slice_channels_);
@@ -221,14 +246,14 @@ class BackwardLoop {
     const int64_t partial_bytes = p_.depth * p_.filters * static_cast<int64_t>(sizeof(T));
     int64_t slabs = std::min({CeilDiv(kBackwardTasks, slices_), p_.pixels / kBackwardSlabPixels,
                               kBackwardPartialBytes / partial_bytes});
-    slabs = std::max<int64_t>(slabs, 1);
+    // As many tasks as every usual number of threads divides.
+    slabs = slabs <= 1 ? 1 : RoundUp(slabs, CeilDiv(kTaskGroup, slices_));
     bands_ = 1;
     if (slabs > g.batch) {
-      // Rows at the edge of a band are computed by both neighbours: bands at least four times as
-      // high as that.
-      const int64_t edge = CeilDiv((g.kernel_height - 1) * g.dilation_height, g.stride_height);
-      bands_ = std::max<int64_t>(
-          1, std::min(CeilDiv(slabs, g.batch), g.out_height / std::max<int64_t>(1, 4 * edge)));
+      // Bands at least four times as high as the rows that a neighbour needs.
+      edge_rows_ = CeilDiv(p_.row_reach() - 1, g.stride_height);
+      bands_ = std::max<int64_t>(1, std::min(CeilDiv(slabs, g.batch),
+                                             g.out_height / std::max<int64_t>(1, 4 * edge_rows_)));
     }
     slabs_ = std::min(slabs, g.batch * bands_);
   }
@@ -281,7 +306,8 @@ class BackwardLoop {
   void RunTask(int64_t slice, int64_t slab, const T* packed, const WeightSums<T>& sums,
                const Scratch& scratch) const {
     const Geometry& g = p_.g;
-    Task task{SliceBegin(slice),
+    Task task{slice,
+              SliceBegin(slice),
               SliceBegin(slice + 1),
               slice == 0,
               true,
@@ -298,24 +324,16 @@ class BackwardLoop {
     if (sums.depthwise_bias) std::fill_n(sums.depthwise_bias + task.q_begin, channels, T(0));
     if (sums.bias && task.first_slice) std::fill_n(sums.bias, p_.filters, T(0));
 
-    if (bands_ == 1) {
-      const int64_t end = g.batch * (slab + 1) / slabs_;
-      for (int64_t image = g.batch * slab / slabs_; image < end; image += images_at_once_) {
-        RunSweep(task,
-                 {image, std::min(images_at_once_, end - image), 0, g.out_height, 0, g.in_height});
-      }
-      return;
-    }
     const int64_t end = g.batch * bands_ * (slab + 1) / slabs_;
-    for (int64_t unit = g.batch * bands_ * slab / slabs_; unit < end; ++unit) {
+    for (int64_t unit = g.batch * bands_ * slab / slabs_; unit < end; unit += images_at_once_) {
       const int64_t band = unit % bands_;
-      RunSweep(task, {unit / bands_, 1, FirstOutRow(band), FirstOutRow(band + 1), FirstInRow(band),
-                      FirstInRow(band + 1)});
+      RunSweep(task, {unit / bands_, std::min(images_at_once_, end - unit), band, FirstOutRow(band),
+                      FirstOutRow(band + 1), FirstInRow(band), EndInRow(band)});
     }
   }
 
   struct Task {
-    int64_t q_begin, q_end;
+    int64_t slice, q_begin, q_end;
     bool first_slice;  // it also adds up the bias
     bool first_chunk;  // of this task: nothing to add to yet
     const T* packed;   // its rows of the pointwise kernel, transposed
@@ -325,30 +343,33 @@ class BackwardLoop {
   };
 
   int64_t FirstOutRow(int64_t band) const { return p_.g.out_height * band / bands_; }
-  // Rows of dx between two bands of output rows: in the middle of what the first row of the lower
-  // band reads.
+  // Rows [FirstInRow(band), EndInRow(band)) of dx are read by rows of this band alone. Those
+  // between EndInRow(band) and FirstInRow(band + 1) are read by both bands' rows, none of them more
+  // than edge_rows_ from the cut.
   int64_t FirstInRow(int64_t band) const {
     if (band == 0) return 0;
-    if (band == bands_) return p_.g.in_height;
-    return std::clamp<int64_t>(
-        FirstOutRow(band) * p_.g.stride_height - p_.g.pad_top + p_.row_reach() / 2, 0,
-        p_.g.in_height);
+    const int64_t row =
+        (FirstOutRow(band) - 1) * p_.g.stride_height + p_.row_reach() - p_.g.pad_top;
+    return std::clamp(row, EndInRow(band - 1), p_.g.in_height);
   }
-  // Output rows [first, last] that can read input row `row`; may be empty.
-  int64_t FirstReader(int64_t row) const {
-    const int64_t from = row + p_.g.pad_top - (p_.row_reach() - 1);
-    return from <= 0 ? 0 : CeilDiv(from, p_.g.stride_height);
+  int64_t EndInRow(int64_t band) const {
+    if (band + 1 == bands_) return p_.g.in_height;
+    return std::clamp<int64_t>(FirstOutRow(band + 1) * p_.g.stride_height - p_.g.pad_top, 0,
+                               p_.g.in_height);
   }
+  // Where the rows of dD around the cut between bands `band` and band + 1 of an image are kept.
+  T* EdgeRows(int64_t image, int64_t band, int64_t slice) const {
+    return edges_ + ((image * (bands_ - 1) + band) * slices_ + slice) * 2 * edge_rows_ *
+                        p_.g.out_width * slice_stride_;
+  }
+
+  // The last output row that can read input row `row`.
   int64_t LastReader(int64_t row) const {
     return std::min((row + p_.g.pad_top) / p_.g.stride_height, p_.g.out_height - 1);
   }
 
   void RunSweep(Task& task, const Sweep& sweep) const {
-    int64_t begin = sweep.out_begin, end = sweep.out_end;
-    if (dx_ && sweep.in_begin < sweep.in_end) {
-      begin = std::min(begin, FirstReader(sweep.in_begin));
-      end = std::max(end, LastReader(sweep.in_end - 1) + 1);
-    }
+    const int64_t begin = sweep.out_begin, end = sweep.out_end;
     int64_t next_in_row = sweep.in_begin;
     for (int64_t row = begin; row < end; row += chunk_rows_) {
       const int64_t row_end = std::min(row + chunk_rows_, end);
@@ -358,11 +379,40 @@ class BackwardLoop {
       while (next_in_row < sweep.in_end && (row_end == end || LastReader(next_in_row) < row_end))
         ++next_in_row;
       for (int64_t image = 0; image < sweep.images; ++image) {
-        for (int64_t in_row = in_begin; in_row < next_in_row; ++in_row) {
-          GatherInputRow(task, sweep.image, image, in_row, begin);
-        }
+        // Several images at once stand whole, one behind the other; one image runs through the
+        // ring.
+        const T* ring = task.scratch.ring + image * chunk_rows_ * p_.g.out_width * slice_stride_;
+        for (int64_t in_row = in_begin; in_row < next_in_row; ++in_row)
+          GatherInputRow({task.q_begin, task.q_end}, sweep.image + image, in_row,
+                         {ring, begin, ring_rows_}, task.scratch);
       }
     }
+  }
+
+  // Rows of dx that the bands on both sides of a cut complete together.
+  void RunEdge(int64_t cut, int64_t slice, const Scratch& scratch) const {
+    const int64_t image = cut / (bands_ - 1), band = cut % (bands_ - 1);
+    const GradientRows rows = {EdgeRows(image, band, slice), FirstOutRow(band + 1) - edge_rows_,
+                               2 * edge_rows_};
+    for (int64_t in_row = EndInRow(band); in_row < FirstInRow(band + 1); ++in_row)
+      GatherInputRow({SliceBegin(slice), SliceBegin(slice + 1)}, image, in_row, rows, scratch);
+  }
+
+  // Keeps those of rows [row, row_end) of dD of one image that a neighbouring band needs.
+  void KeepEdges(const Task& task, const Sweep& sweep, int64_t row, int64_t row_end,
+                 const T* d_depthwise) const {
+    const int64_t elements = p_.g.out_width * slice_stride_;
+    const auto keep = [&](int64_t band, int64_t first, int64_t begin, int64_t end) {
+      begin = std::max(begin, row), end = std::min(end, row_end);
+      if (begin >= end) return;
+      std::copy_n(d_depthwise + (begin - row) * elements, (end - begin) * elements,
+                  EdgeRows(sweep.image, band, task.slice) + (begin - first) * elements);
+    };
+    if (sweep.band > 0)
+      keep(sweep.band - 1, sweep.out_begin - edge_rows_, sweep.out_begin,
+           sweep.out_begin + edge_rows_);
+    if (sweep.band + 1 < bands_)
+      keep(sweep.band, sweep.out_end - edge_rows_, sweep.out_end - edge_rows_, sweep.out_end);
   }
 
   // Output rows [row, row_end) of the sweep's images. `slot` is the ring row of the first of them.
@@ -372,11 +422,6 @@ class BackwardLoop {
     const int64_t width = g.out_width, channels = task.q_end - task.q_begin;
     const int64_t pixel = (sweep.image * g.out_height + row) * width;
     const int64_t pixels = sweep.images * (row_end - row) * width;
-    // Rows that belong to a neighbour's sums only help to complete dx.
-    const int64_t own_begin = std::clamp(sweep.out_begin, row, row_end),
-                  own_end = std::clamp(sweep.out_end, row, row_end);
-    const int64_t own_first = (own_begin - row) * width;
-    const int64_t own_pixels = sweep.images > 1 ? pixels : (own_end - own_begin) * width;
 
     const T* dz = OutputGradientOf(pixel, pixels, scratch);
     T* d_depthwise = scratch.ring + slot * width * slice_stride_;
@@ -391,10 +436,9 @@ class BackwardLoop {
       }
     }
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
-    const int64_t tile_rows_begin = slope ? row : own_begin,
-                  tile_rows_end = slope ? row_end : own_end;
-    for (int64_t image = 0; image < sweep.images; ++image) {
-      for (int64_t r = tile_rows_begin; r < tile_rows_end; ++r) {
+    const bool needs_depthwise = slope || task.sums.pointwise_kernel;
+    for (int64_t image = 0; needs_depthwise && image < sweep.images; ++image) {
+      for (int64_t r = row; r < row_end; ++r) {
         const int64_t first = (image * (row_end - row) + r - row) * width;
         DepthwiseRow(p_, task.input, sweep.image + image, r, 0, width, task.q_begin, task.q_end,
                      scratch.rows, scratch.taps, scratch.tile + first * slice_stride_,
@@ -411,36 +455,33 @@ class BackwardLoop {
     }
     if (needs_depthwise_gradient())
       RoundToStorage<S>(p_, d_depthwise, pixels, channels, slice_stride_);
-    if (own_pixels == 0) return;
+    if (bands_ > 1 && dx_) KeepEdges(task, sweep, row, row_end, d_depthwise);
 
-    const T* own_gradient = d_depthwise + own_first * slice_stride_;
     if (task.sums.depthwise_bias) {
-      p_.kernels.add_column_sums(own_gradient, own_pixels, channels, slice_stride_,
+      p_.kernels.add_column_sums(d_depthwise, pixels, channels, slice_stride_,
                                  task.sums.depthwise_bias + task.q_begin);
     }
     if (task.sums.depthwise_kernel) {
-      const int64_t rows_at_once = p_.rows_in_place ? own_end - own_begin : 1;
+      const int64_t rows_at_once = p_.rows_in_place ? row_end - row : 1;
       for (int64_t image = 0; image < sweep.images; ++image) {
         const T* gradient = d_depthwise + image * (row_end - row) * width * slice_stride_;
-        for (int64_t r = own_begin; windows_ && r < own_end; r += rows_at_once) {
+        for (int64_t r = row; windows_ && r < row_end; r += rows_at_once) {
           AddWindowGradient(task, sweep.image + image, r, rows_at_once,
                             gradient + (r - row) * width * slice_stride_);
         }
-        for (int64_t r = own_begin; !windows_ && r < own_end; ++r) {
+        for (int64_t r = row; !windows_ && r < row_end; ++r) {
           AddDepthwiseKernelGradient(task, sweep.image + image, r,
                                      gradient + (r - row) * width * slice_stride_);
         }
       }
     }
     if (task.sums.pointwise_kernel) {
-      T* tile = scratch.tile + own_first * slice_stride_;
-      RoundToStorage<S>(p_, tile, own_pixels, channels, slice_stride_);
+      RoundToStorage<S>(p_, scratch.tile, pixels, channels, slice_stride_);
       const Panels panels(p_.filters, p_.kernels);
-      const T* own_dz = dz + own_first * dz_stride_;
       bool copied = false;
       for (int64_t i = 0; i < panels.count(); ++i) {
         const int64_t f = panels.begin(i);
-        const T* panel = own_dz + f;
+        const T* panel = dz + f;
         int64_t panel_stride = dz_stride_;
         const T* ahead = nullptr;
         T* ahead_to = nullptr;
@@ -448,32 +489,31 @@ class BackwardLoop {
           T* copy = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
           panel_stride = panels.width(i);
           if (!copied) {
-            CopiesOf<T>(p_.target).load(panel, dz_stride_, own_pixels, panels.columns(i),
-                                        panel_stride, copy, panel_stride);
+            CopiesOf<T>(p_.target).load(panel, dz_stride_, pixels, panels.columns(i), panel_stride,
+                                        copy, panel_stride);
           }
           panel = copy;
           // A panel as wide as this one is copied by the micro-kernel.
           copied = i + 1 < panels.count() && panels.columns(i + 1) == panel_stride;
           if (copied) {
-            ahead = own_dz + panels.begin(i + 1);
+            ahead = dz + panels.begin(i + 1);
             ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
           }
         }
-        p_.kernels.gemm({channels, own_pixels, panels.columns(i), tile, 1, slice_stride_, panel,
+        p_.kernels.gemm({channels, pixels, panels.columns(i), scratch.tile, 1, slice_stride_, panel,
                          panel_stride, task.sums.pointwise_kernel + task.q_begin * p_.filters + f,
                          p_.filters, nullptr, -kInfinity, kInfinity, !task.first_chunk,
                          reinterpret_cast<const char*>(ahead),
                          dz_stride_ * static_cast<int64_t>(sizeof(T)),
                          panel_stride * static_cast<int64_t>(sizeof(T)), false, ahead_to});
         if (task.sums.bias && task.first_slice) {
-          p_.kernels.add_column_sums(panel, own_pixels, panels.columns(i), panel_stride,
+          p_.kernels.add_column_sums(panel, pixels, panels.columns(i), panel_stride,
                                      task.sums.bias + f);
         }
       }
     }
     if (task.sums.bias && task.first_slice && !task.sums.pointwise_kernel) {
-      p_.kernels.add_column_sums(dz + own_first * dz_stride_, own_pixels, p_.filters, dz_stride_,
-                                 task.sums.bias);
+      p_.kernels.add_column_sums(dz, pixels, p_.filters, dz_stride_, task.sums.bias);
     }
     task.first_chunk = false;
   }
@@ -530,28 +570,25 @@ class BackwardLoop {
         });
   }
 
-  // Row `in_row` of dx of the sweep's image number `index`, whose readers are all in the ring.
-  void GatherInputRow(Task& task, int64_t sweep_image, int64_t index, int64_t in_row,
-                      int64_t first_ring_row) const {
+  // Row `in_row` of dx, whose readers are all among `gradient`.
+  void GatherInputRow(const Channels& q, int64_t image, int64_t in_row,
+                      const GradientRows& gradient, const Scratch& scratch) const {
     const Geometry& g = p_.g;
-    const Scratch& scratch = task.scratch;
-    const int64_t channels = task.q_end - task.q_begin, image = sweep_image + index;
+    const int64_t channels = q.end - q.begin;
     int64_t num_rows = 0;
     for (int64_t i = 0; i < g.kernel_height; ++i) {
       const int64_t shifted = in_row + g.pad_top - i * g.dilation_height;
       if (shifted < 0 || shifted % g.stride_height != 0 ||
           shifted / g.stride_height >= g.out_height)
         continue;
-      // Several images at once stand whole, one behind the other; one image runs through the ring.
-      const int64_t slot =
-          index * chunk_rows_ + (shifted / g.stride_height - first_ring_row) % ring_rows_;
-      scratch.rows[num_rows++] = {i, scratch.ring + slot * g.out_width * slice_stride_};
+      const int64_t slot = (shifted / g.stride_height - gradient.first_row) % gradient.num_rows;
+      scratch.rows[num_rows++] = {i, gradient.data + slot * g.out_width * slice_stride_};
     }
     T* out = scratch.dx_row;
     int64_t out_stride = slice_stride_;
     if constexpr (std::is_same_v<S, T>) {
       if (dx_in_place_) {
-        out = dx_ + (image * g.in_height + in_row) * g.in_width * g.in_channels + task.q_begin;
+        out = dx_ + (image * g.in_height + in_row) * g.in_width * g.in_channels + q.begin;
         out_stride = g.in_channels;
       }
     }
@@ -559,7 +596,7 @@ class BackwardLoop {
       const int64_t num_columns = CeilDiv(g.in_width - static_cast<int64_t>(phase), g.stride_width);
       ForEachSegment<T>(
           gather_[phase], 0, num_columns, scratch.rows, num_rows, slice_stride_, g.kernel_width,
-          p_.depth, p_.depthwise_kernel + task.q_begin, nullptr, scratch.taps,
+          p_.depth, p_.depthwise_kernel + q.begin, nullptr, scratch.taps,
           [&](int64_t first, int64_t count, const Tap<T>* taps, int64_t num_taps) {
             p_.kernels.depthwise(
                 {taps, num_taps, count, channels, slice_stride_, nullptr,
@@ -567,17 +604,17 @@ class BackwardLoop {
                  g.stride_width * out_stride});
           });
     }
-    if (!dx_in_place_) StoreInputRow(task, image, in_row);
+    if (!dx_in_place_) StoreInputRow(q, image, in_row, scratch);
   }
 
   // From depthwise channels to input channels: sums the multiples, applies the slope of the
   // activation before, narrows and transposes.
-  void StoreInputRow(const Task& task, int64_t image, int64_t in_row) const {
+  void StoreInputRow(const Channels& q, int64_t image, int64_t in_row,
+                     const Scratch& scratch) const {
     const Geometry& g = p_.g;
     const int64_t multiplier = g.depth_multiplier;
-    const int64_t c_begin = task.q_begin / multiplier,
-                  channels = (task.q_end - task.q_begin) / multiplier;
-    T* row = task.scratch.dx_row;
+    const int64_t c_begin = q.begin / multiplier, channels = (q.end - q.begin) / multiplier;
+    T* row = scratch.dx_row;
     if (multiplier > 1) {
       for (int64_t w = 0; w < g.in_width; ++w) {
         T* pixel = row + w * slice_stride_;
@@ -636,10 +673,11 @@ class BackwardLoop {
   int64_t dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,
           packed_slice_elements_ = 0;
-  int64_t slabs_ = 1, bands_ = 1;
+  int64_t slabs_ = 1, bands_ = 1, edge_rows_ = 0;
   int64_t images_at_once_ = 1, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0, ring_pixels_ = 0;
   std::vector<ColumnPlan> gather_;
   T* dz_ = nullptr;
+  T* edges_ = nullptr;
 };
 
 // Gradients of an empty output: sums over nothing.
