@@ -59,10 +59,7 @@ class BackwardLoop {
     packs_dz_ = dz_stride_ * static_cast<int64_t>(sizeof(T)) > kUnpackedPixelBytes ||
                 p_.filters % p_.kernels.lanes != 0;
     dx_in_place_ = p_.rows_in_place;
-    windows_ = g.kernel_height == g.kernel_width && g.kernel_width % 2 == 1 &&
-               g.kernel_width >= 3 && g.kernel_width <= p_.kernels.gradient_window &&
-               g.stride_height == 1 && g.stride_width == 1 && g.dilation_height == 1 &&
-               g.dilation_width == 1 && g.out_width >= g.kernel_width - 1;
+    windows_ = p_.slides && g.kernel_width <= p_.kernels.gradient_window;
     PlanSlices();
     PlanSlabs();
     PlanRows();
@@ -111,7 +108,8 @@ class BackwardLoop {
     const int64_t staged_at =
         own.Add(InputRows<S>::StagedElements(p_, g.in_width, slice_channels_), sizeof(T));
     const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
-    const int64_t dx_row_at = own.Add(dx_in_place_ ? 0 : 2 * g.in_width * slice_stride_, sizeof(T));
+    const int64_t dx_rows_at =
+        own.Add(dx_in_place_ ? 0 : (p_.slide_rows + 1) * g.in_width * slice_stride_, sizeof(T));
     const int64_t sources_at = own.Add(chunk_rows_ + g.kernel_height, sizeof(T*));
     const int64_t rows_at = own.Add(g.kernel_height, sizeof(SourceRow<T>));
     const int64_t taps_at = own.Add(taps, sizeof(Tap<T>));
@@ -158,7 +156,7 @@ class BackwardLoop {
                      reinterpret_cast<T*>(mine + y_rows_at),
                      reinterpret_cast<T*>(mine + staged_at),
                      reinterpret_cast<int64_t*>(mine + staged_row_at),
-                     reinterpret_cast<T*>(mine + dx_row_at),
+                     reinterpret_cast<T*>(mine + dx_rows_at),
                      reinterpret_cast<const T**>(mine + sources_at),
                      reinterpret_cast<SourceRow<T>*>(mine + rows_at),
                      reinterpret_cast<Tap<T>*>(mine + taps_at)};
@@ -193,7 +191,7 @@ class BackwardLoop {
     T* y_rows;     // [pixel of a block][filter]
     T* staged;
     int64_t* staged_row;
-    T* dx_row;  // two rows of [column][slice channel]
+    T* dx_rows;  // rows of [column][slice channel], and one of x
     const T** sources;
     SourceRow<T>* rows;
     Tap<T>* taps;
@@ -261,7 +259,17 @@ class BackwardLoop {
   void PlanRows() {
     const Geometry& g = p_.g;
     images_at_once_ = 1;
-    chunk_rows_ = std::clamp<int64_t>(kBackwardPixels / g.out_width, 1, g.out_height);
+    chunk_rows_ = std::max<int64_t>(1, kBackwardPixels / g.out_width);
+    // Where a window slides, by preference whole groups of rows. A chunk holds D, dD, those rows of
+    // dD that dx still needs, and dy.
+    const int64_t row_bytes =
+        g.out_width * static_cast<int64_t>(sizeof(T)) * (3 * slice_stride_ + p_.filters);
+    for (int64_t group = p_.slide_rows; group > 1; group /= 2) {
+      if (RoundUp(chunk_rows_, group) * row_bytes > kBackwardChunkBytes) continue;
+      chunk_rows_ = RoundUp(chunk_rows_, group);
+      break;
+    }
+    chunk_rows_ = std::min(chunk_rows_, g.out_height);
     if (bands_ == 1 && chunk_rows_ == g.out_height) {
       images_at_once_ =
           std::clamp<int64_t>(kBackwardPixels / p_.image_pixels, 1, CeilDiv(g.batch, slabs_));
@@ -382,9 +390,8 @@ class BackwardLoop {
         // Several images at once stand whole, one behind the other; one image runs through the
         // ring.
         const T* ring = task.scratch.ring + image * chunk_rows_ * p_.g.out_width * slice_stride_;
-        for (int64_t in_row = in_begin; in_row < next_in_row; ++in_row)
-          GatherInputRow({task.q_begin, task.q_end}, sweep.image + image, in_row,
-                         {ring, begin, ring_rows_}, task.scratch);
+        GatherInputRows({task.q_begin, task.q_end}, sweep.image + image, in_begin, next_in_row,
+                        {ring, begin, ring_rows_}, task.scratch);
       }
     }
   }
@@ -394,8 +401,8 @@ class BackwardLoop {
     const int64_t image = cut / (bands_ - 1), band = cut % (bands_ - 1);
     const GradientRows rows = {EdgeRows(image, band, slice), FirstOutRow(band + 1) - edge_rows_,
                                2 * edge_rows_};
-    for (int64_t in_row = EndInRow(band); in_row < FirstInRow(band + 1); ++in_row)
-      GatherInputRow({SliceBegin(slice), SliceBegin(slice + 1)}, image, in_row, rows, scratch);
+    GatherInputRows({SliceBegin(slice), SliceBegin(slice + 1)}, image, EndInRow(band),
+                    FirstInRow(band + 1), rows, scratch);
   }
 
   // Keeps those of rows [row, row_end) of dD of one image that a neighbouring band needs.
@@ -438,12 +445,9 @@ class BackwardLoop {
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
     const bool needs_depthwise = slope || task.sums.pointwise_kernel;
     for (int64_t image = 0; needs_depthwise && image < sweep.images; ++image) {
-      for (int64_t r = row; r < row_end; ++r) {
-        const int64_t first = (image * (row_end - row) + r - row) * width;
-        DepthwiseRow(p_, task.input, sweep.image + image, r, 0, width, task.q_begin, task.q_end,
-                     scratch.rows, scratch.taps, scratch.tile + first * slice_stride_,
-                     slice_stride_);
-      }
+      DepthwiseRows(p_, task.input, sweep.image + image, row, row_end, task.q_begin, task.q_end,
+                    scratch.rows, scratch.taps,
+                    scratch.tile + image * (row_end - row) * width * slice_stride_, slice_stride_);
     }
     if (slope) {
       for (int64_t p = 0; needs_depthwise_gradient() && p < pixels; ++p) {
@@ -462,11 +466,13 @@ class BackwardLoop {
                                  task.sums.depthwise_bias + task.q_begin);
     }
     if (task.sums.depthwise_kernel) {
-      const int64_t rows_at_once = p_.rows_in_place ? row_end - row : 1;
+      const int64_t rows_at_once = p_.g.dilation_height > 1 ? 1
+                                   : p_.rows_in_place       ? row_end - row
+                                                            : p_.slide_rows;
       for (int64_t image = 0; image < sweep.images; ++image) {
         const T* gradient = d_depthwise + image * (row_end - row) * width * slice_stride_;
         for (int64_t r = row; windows_ && r < row_end; r += rows_at_once) {
-          AddWindowGradient(task, sweep.image + image, r, rows_at_once,
+          AddWindowGradient(task, sweep.image + image, r, std::min(rows_at_once, row_end - r),
                             gradient + (r - row) * width * slice_stride_);
         }
         for (int64_t r = row; !windows_ && r < row_end; ++r) {
@@ -542,17 +548,26 @@ class BackwardLoop {
     return scratch.dz_tile;
   }
 
-  // Output rows [out_row, out_row + rows) where windows_.
+  // Output rows [out_row, out_row + rows), where windows_; with dilation, one.
   void AddWindowGradient(Task& task, int64_t image, int64_t out_row, int64_t rows,
                          const T* gradient) const {
     const Geometry& g = p_.g;
     const T** sources = task.scratch.sources;
-    for (int64_t i = 0; i < rows + g.kernel_height - 1; ++i)
-      sources[i] = task.input.RowOrNull(image, out_row + i - g.pad_top);
-    p_.kernels.window_gradient({g.kernel_width, rows, g.out_width, task.q_end - task.q_begin,
-                                sources, task.input.column_stride(), -g.pad_left, g.in_width,
-                                gradient, slice_stride_, g.out_width * slice_stride_,
-                                task.sums.depthwise_kernel + task.q_begin, p_.depth});
+    const int64_t num_sources = rows + g.kernel_height - 1;
+    const int64_t step = g.dilation_width, stride = task.input.column_stride();
+    for (int64_t phase = 0; phase < std::min(step, g.out_width); ++phase) {
+      const int64_t column = phase - g.pad_left;
+      const int64_t first = FloorDiv(column, step), shift = column - first * step;
+      for (int64_t i = 0; i < num_sources; ++i) {
+        const T* row = task.input.RowOrNull(image, out_row - g.pad_top + i * g.dilation_height);
+        sources[i] = row ? row + shift * stride : nullptr;
+      }
+      p_.kernels.window_gradient(
+          {g.kernel_width, rows, CeilDiv(g.out_width - phase, step), task.q_end - task.q_begin,
+           sources, step * stride, first, CeilDiv(g.in_width - shift, step),
+           gradient + phase * slice_stride_, step * slice_stride_, g.out_width * slice_stride_,
+           task.sums.depthwise_kernel + task.q_begin, p_.depth});
+    }
   }
 
   void AddDepthwiseKernelGradient(Task& task, int64_t image, int64_t out_row,
@@ -570,27 +585,82 @@ class BackwardLoop {
         });
   }
 
-  // Row `in_row` of dx, whose readers are all among `gradient`.
-  void GatherInputRow(const Channels& q, int64_t image, int64_t in_row,
-                      const GradientRows& gradient, const Scratch& scratch) const {
+  // Rows [row_begin, row_end) of dx, whose readers are all among `gradient`.
+  void GatherInputRows(const Channels& q, int64_t image, int64_t row_begin, int64_t row_end,
+                       const GradientRows& gradient, const Scratch& scratch) const {
     const Geometry& g = p_.g;
-    const int64_t channels = q.end - q.begin;
+    for (int64_t row = row_begin; row < row_end;) {
+      // Several at once only where every row that they read exists.
+      const int64_t top = row + g.pad_top - (g.kernel_height - 1);
+      const int64_t count =
+          p_.slides && top >= 0
+              ? std::clamp<int64_t>(
+                    std::min(row_end - row, g.out_height - (g.kernel_height - 1) - top), 1,
+                    p_.slide_rows)
+              : 1;
+      T* out = scratch.dx_rows;
+      int64_t out_stride = slice_stride_;
+      if constexpr (std::is_same_v<S, T>) {
+        if (dx_in_place_) {
+          out = dx_ + (image * g.in_height + row) * g.in_width * g.in_channels + q.begin;
+          out_stride = g.in_channels;
+        }
+      }
+      if (p_.slides) {
+        SlideOverGradient(q, row, count, gradient, out, out_stride);
+      } else {
+        GatherInputRow(q, row, gradient, scratch, out, out_stride);
+      }
+      for (int64_t i = 0; !dx_in_place_ && i < count; ++i) {
+        StoreInputRow(q, image, row + i, scratch.dx_rows + i * g.in_width * slice_stride_,
+                      scratch.dx_rows + p_.slide_rows * g.in_width * slice_stride_);
+      }
+      row += count;
+    }
+  }
+
+  // The row of dD that output row `row` left behind; null where there is none.
+  const T* RowOf(const GradientRows& gradient, int64_t row) const {
+    if (row < 0 || row >= p_.g.out_height) return nullptr;
+    return gradient.data +
+           (row - gradient.first_row) % gradient.num_rows * p_.g.out_width * slice_stride_;
+  }
+
+  // `count` rows of dx from `row` on: a window slides over dD as it does over x in the forward
+  // pass, with the taps in the opposite order.
+  void SlideOverGradient(const Channels& q, int64_t row, int64_t count,
+                         const GradientRows& gradient, T* out, int64_t out_stride) const {
+    const Geometry& g = p_.g;
+    const T* sources[kMaxSlideSources];
+    const int64_t num_sources = g.kernel_height + count - 1;
+    for (int64_t i = 0; i < num_sources; ++i) {
+      sources[i] = RowOf(gradient, row + g.pad_top - (g.kernel_height - 1 - i) * g.dilation_height);
+    }
+    const int64_t last_tap = g.kernel_height * g.kernel_width - 1;
+    const int64_t step = g.dilation_width;
+    for (int64_t phase = 0; phase < std::min(step, g.in_width); ++phase) {
+      const int64_t column = phase + g.pad_left - (g.kernel_width - 1) * step;
+      const int64_t first = FloorDiv(column, step), shift = column - first * step;
+      const T* shifted[kMaxSlideSources];
+      for (int64_t i = 0; i < num_sources; ++i)
+        shifted[i] = sources[i] ? sources[i] + shift * slice_stride_ : nullptr;
+      p_.kernels.slide({g.kernel_width, count, CeilDiv(g.in_width - phase, step), q.end - q.begin,
+                        shifted, step * slice_stride_, first, CeilDiv(g.out_width - shift, step),
+                        p_.depthwise_kernel + last_tap * p_.depth + q.begin, -p_.depth, nullptr,
+                        out + phase * out_stride, step * out_stride, g.in_width * out_stride});
+    }
+  }
+
+  // Row `in_row` of dx where no window slides.
+  void GatherInputRow(const Channels& q, int64_t in_row, const GradientRows& gradient,
+                      const Scratch& scratch, T* out, int64_t out_stride) const {
+    const Geometry& g = p_.g;
     int64_t num_rows = 0;
     for (int64_t i = 0; i < g.kernel_height; ++i) {
       const int64_t shifted = in_row + g.pad_top - i * g.dilation_height;
-      if (shifted < 0 || shifted % g.stride_height != 0 ||
-          shifted / g.stride_height >= g.out_height)
-        continue;
-      const int64_t slot = (shifted / g.stride_height - gradient.first_row) % gradient.num_rows;
-      scratch.rows[num_rows++] = {i, gradient.data + slot * g.out_width * slice_stride_};
-    }
-    T* out = scratch.dx_row;
-    int64_t out_stride = slice_stride_;
-    if constexpr (std::is_same_v<S, T>) {
-      if (dx_in_place_) {
-        out = dx_ + (image * g.in_height + in_row) * g.in_width * g.in_channels + q.begin;
-        out_stride = g.in_channels;
-      }
+      if (shifted < 0 || shifted % g.stride_height != 0) continue;
+      if (const T* data = RowOf(gradient, shifted / g.stride_height))
+        scratch.rows[num_rows++] = {i, data};
     }
     for (size_t phase = 0; phase < gather_.size(); ++phase) {
       const int64_t num_columns = CeilDiv(g.in_width - static_cast<int64_t>(phase), g.stride_width);
@@ -599,22 +669,19 @@ class BackwardLoop {
           p_.depth, p_.depthwise_kernel + q.begin, nullptr, scratch.taps,
           [&](int64_t first, int64_t count, const Tap<T>* taps, int64_t num_taps) {
             p_.kernels.depthwise(
-                {taps, num_taps, count, channels, slice_stride_, nullptr,
+                {taps, num_taps, count, q.end - q.begin, slice_stride_, nullptr,
                  out + (static_cast<int64_t>(phase) + first * g.stride_width) * out_stride,
                  g.stride_width * out_stride});
           });
     }
-    if (!dx_in_place_) StoreInputRow(q, image, in_row, scratch);
   }
 
   // From depthwise channels to input channels: sums the multiples, applies the slope of the
   // activation before, narrows and transposes.
-  void StoreInputRow(const Channels& q, int64_t image, int64_t in_row,
-                     const Scratch& scratch) const {
+  void StoreInputRow(const Channels& q, int64_t image, int64_t in_row, T* row, T* x_row) const {
     const Geometry& g = p_.g;
     const int64_t multiplier = g.depth_multiplier;
     const int64_t c_begin = q.begin / multiplier, channels = (q.end - q.begin) / multiplier;
-    T* row = scratch.dx_row;
     if (multiplier > 1) {
       for (int64_t w = 0; w < g.in_width; ++w) {
         T* pixel = row + w * slice_stride_;
@@ -626,7 +693,6 @@ class BackwardLoop {
       }
     }
     if (p_.input_activation() != Activation::kLinear) {
-      T* x_row = row + g.in_width * slice_stride_;
       CopyInputRow(p_, image, in_row, 0, g.in_width, c_begin, c_begin + channels, 1, x_row,
                    slice_stride_);
       for (int64_t w = 0; w < g.in_width; ++w) {

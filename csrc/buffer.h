@@ -13,6 +13,9 @@ inline int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 inline int64_t CeilDiv(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t FloorDiv(int64_t value, int64_t divisor) {
+  return value >= 0 ? value / divisor : -CeilDiv(-value, divisor);
+}
 
 // Aligned memory, uninitialised. A few freed blocks are kept per calling thread, because returning
 // memory to the system and faulting its pages in again costs as much as a small layer. Throws

@@ -543,8 +543,8 @@ void WindowGradientStrip(const WindowGradientArgs<T>& d, int64_t channel, int co
     Vec<T> g[kWindow];
 #pragma GCC unroll 8
     for (int j = 0; j + 1 < kWindow; ++j) {
-      g[j] = begin - 1 - j >= 0 ? LoadLanes<kWhole>(next - (1 + j) * gradient_stride, count)
-                                : Vec<T>{};
+      const bool exists = begin - 1 - j >= 0 && begin - 1 - j < pixels;
+      g[j] = exists ? LoadLanes<kWhole>(next - (1 + j) * gradient_stride, count) : Vec<T>{};
     }
     int64_t offset = first;
     for (int64_t t = begin; t < end; ++t) {

@@ -89,7 +89,7 @@ struct DepthwiseGradientArgs {
 
 // The same for whole rows of pixels whose windows lie side by side: weight_sums[i * window + j] +=
 // sum over rows r and pixels p of sources[r + i][first_column + p + j] * gradient[r][p], where the
-// source row is not null and the column in [0, width). At least window - 1 pixels a row.
+// source row is not null and the column in [0, width).
 template <typename T>
 struct WindowGradientArgs {
   int64_t window, rows, pixels, channels;
