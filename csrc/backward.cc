@@ -105,9 +105,9 @@ class BackwardLoop {
     const int64_t dz_panels_at = own.Add(2 * chunk_pixels_ * p_.kernels.columns, sizeof(T));
     const int64_t y_rows_at =
         own.Add(dz_in_place_ || recompute_slope_ ? 0 : kTransposeBlock * dz_stride_, sizeof(T));
-    const int64_t staged_at =
-        own.Add(InputRows<S>::StagedElements(p_, g.in_width, slice_channels_), sizeof(T));
-    const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
+    const int64_t staged_at = own.Add(
+        InputRows<S>::StagedElements(p_, g.in_width, slice_channels_, staged_rows_), sizeof(T));
+    const int64_t staged_row_at = own.Add(staged_rows_, sizeof(int64_t));
     const int64_t dx_rows_at =
         own.Add(dx_in_place_ ? 0 : (p_.slide_rows + 1) * g.in_width * slice_stride_, sizeof(T));
     const int64_t sources_at = own.Add(chunk_rows_ + g.kernel_height, sizeof(T*));
@@ -279,6 +279,8 @@ class BackwardLoop {
     const int64_t live = (g.kernel_height - 1) * g.dilation_height / g.stride_height + 2;
     ring_rows_ =
         std::min(RoundUp(live + chunk_rows_, chunk_rows_), RoundUp(g.out_height, chunk_rows_));
+    // What D has staged, dKd finds again.
+    staged_rows_ = images_at_once_ * InputRows<S>::NumSlots(p_, chunk_rows_);
     chunk_pixels_ = images_at_once_ * chunk_rows_ * g.out_width;
     ring_pixels_ = images_at_once_ * ring_rows_ * g.out_width;
   }
@@ -322,7 +324,7 @@ class BackwardLoop {
               packed,
               sums,
               scratch,
-              InputRows<S>(p_, scratch.staged, scratch.staged_row)};
+              InputRows<S>(p_, scratch.staged, scratch.staged_row, staged_rows_)};
     const int64_t channels = task.q_end - task.q_begin;
     task.input.SetStrip(task.q_begin, task.q_end, 0, g.in_width);
     task.input.Forget();
@@ -466,13 +468,11 @@ class BackwardLoop {
                                  task.sums.depthwise_bias + task.q_begin);
     }
     if (task.sums.depthwise_kernel) {
-      const int64_t rows_at_once = p_.g.dilation_height > 1 ? 1
-                                   : p_.rows_in_place       ? row_end - row
-                                                            : p_.slide_rows;
+      const int64_t rows_at_once = p_.g.dilation_height > 1 ? 1 : row_end - row;
       for (int64_t image = 0; image < sweep.images; ++image) {
         const T* gradient = d_depthwise + image * (row_end - row) * width * slice_stride_;
         for (int64_t r = row; windows_ && r < row_end; r += rows_at_once) {
-          AddWindowGradient(task, sweep.image + image, r, std::min(rows_at_once, row_end - r),
+          AddWindowGradient(task, sweep.image + image, r, rows_at_once,
                             gradient + (r - row) * width * slice_stride_);
         }
         for (int64_t r = row; !windows_ && r < row_end; ++r) {
@@ -740,7 +740,8 @@ class BackwardLoop {
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,
           packed_slice_elements_ = 0;
   int64_t slabs_ = 1, bands_ = 1, edge_rows_ = 0;
-  int64_t images_at_once_ = 1, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0, ring_pixels_ = 0;
+  int64_t images_at_once_ = 1, staged_rows_ = 0, chunk_rows_ = 1, ring_rows_ = 1, chunk_pixels_ = 0,
+          ring_pixels_ = 0;
   std::vector<ColumnPlan> gather_;
   T* dz_ = nullptr;
   T* edges_ = nullptr;

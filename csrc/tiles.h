@@ -229,16 +229,24 @@ class InputRows {
  public:
   using T = ComputeType<S>;
 
-  static int64_t NumSlots(const Problem<S>& p) {
-    return std::min(p.row_reach() + p.slide_rows - 1, p.g.in_height);
+  static int64_t NumSlots(const Problem<S>& p) { return NumSlots(p, p.slide_rows); }
+  // For `rows` neighbouring output rows at once.
+  static int64_t NumSlots(const Problem<S>& p, int64_t rows) {
+    return std::min((rows - 1) * p.g.stride_height + p.row_reach(), p.g.in_height);
   }
   // Elements of staging memory for `columns` columns and `channels` channels.
   static int64_t StagedElements(const Problem<S>& p, int64_t columns, int64_t channels) {
-    return p.rows_in_place ? 0 : NumSlots(p) * columns * channels;
+    return StagedElements(p, columns, channels, NumSlots(p));
+  }
+  static int64_t StagedElements(const Problem<S>& p, int64_t columns, int64_t channels,
+                                int64_t slots) {
+    return p.rows_in_place ? 0 : slots * columns * channels;
   }
 
   InputRows(const Problem<S>& problem, T* staged, int64_t* staged_row)
-      : p_(problem), staged_(staged), staged_row_(staged_row) {}
+      : InputRows(problem, staged, staged_row, NumSlots(problem)) {}
+  InputRows(const Problem<S>& problem, T* staged, int64_t* staged_row, int64_t slots)
+      : p_(problem), staged_(staged), staged_row_(staged_row), slots_(slots) {}
 
   // Chooses the strip [q_begin, q_end) and the columns of x that will be read.
   void SetStrip(int64_t q_begin, int64_t q_end, int64_t column_begin, int64_t column_end) {
@@ -248,7 +256,7 @@ class InputRows {
     column_end_ = column_end;
   }
   // The staging memory holds nothing of the present strip yet.
-  void Forget() { std::fill_n(staged_row_, NumSlots(p_), -1); }
+  void Forget() { std::fill_n(staged_row_, slots_, -1); }
 
   int64_t column_stride() const { return p_.rows_in_place ? p_.g.in_channels : q_end_ - q_begin_; }
 
@@ -273,7 +281,7 @@ class InputRows {
       if (p_.rows_in_place)
         return p_.x + (image * g.in_height + row) * g.in_width * g.in_channels + q_begin_;
     }
-    const int64_t slot = row % NumSlots(p_), tag = image * g.in_height + row;
+    const int64_t tag = image * g.in_height + row, slot = tag % slots_;
     const int64_t columns = column_end_ - column_begin_, channels = q_end_ - q_begin_;
     T* data = staged_ + slot * columns * channels;
     if (staged_row_[slot] != tag) {
@@ -291,6 +299,7 @@ class InputRows {
   const Problem<S>& p_;
   T* staged_;
   int64_t* staged_row_;
+  int64_t slots_;
   int64_t q_begin_ = 0, q_end_ = 0, column_begin_ = 0, column_end_ = 0;
 };
 
