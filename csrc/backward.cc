@@ -64,6 +64,12 @@ class BackwardLoop {
     PlanSlabs();
     PlanRows();
     PlanColumns();
+    // Where it is out of L2, in one piece, and fits L2 beside the chunk.
+    const int64_t element = sizeof(T), row_bytes = g.in_width * g.in_channels * element;
+    fetches_input_ =
+        slices_ == 1 && p_.rows_in_place && images_at_once_ == 1 &&
+        g.batch * g.in_height * row_bytes > kBackwardFetchBytes &&
+        chunk_rows_ * (ChunkRowBytes() + 2 * g.stride_height * row_bytes) <= kBackwardChunkBytes;
   }
 
   Plan plan() const {
@@ -204,6 +210,20 @@ class BackwardLoop {
     int64_t in_begin, in_end;  // rows of dx that its dD rows complete
   };
 
+  // A run of memory.
+  struct Stretch {
+    const char* data;
+    int64_t bytes;
+    // The first of `count` equal shares of it, which is then gone.
+    Stretch Take(int64_t count) {
+      const Stretch share = {data,
+                             std::min(bytes, RoundUp(CeilDiv(bytes, count), kCacheLineBytes))};
+      data += share.bytes;
+      bytes -= share.bytes;
+      return share;
+    }
+  };
+
   struct Channels {
     int64_t begin, end;
   };
@@ -256,16 +276,18 @@ class BackwardLoop {
     slabs_ = std::min(slabs, g.batch * bands_);
   }
 
+  // D, dD, those rows of dD that dx still needs, and dy.
+  int64_t ChunkRowBytes() const {
+    return p_.g.out_width * static_cast<int64_t>(sizeof(T)) * (3 * slice_stride_ + p_.filters);
+  }
+
   void PlanRows() {
     const Geometry& g = p_.g;
     images_at_once_ = 1;
     chunk_rows_ = std::max<int64_t>(1, kBackwardPixels / g.out_width);
-    // Where a window slides, by preference whole groups of rows. A chunk holds D, dD, those rows of
-    // dD that dx still needs, and dy.
-    const int64_t row_bytes =
-        g.out_width * static_cast<int64_t>(sizeof(T)) * (3 * slice_stride_ + p_.filters);
+    // Where a window slides, by preference whole groups of rows.
     for (int64_t group = p_.slide_rows; group > 1; group /= 2) {
-      if (RoundUp(chunk_rows_, group) * row_bytes > kBackwardChunkBytes) continue;
+      if (RoundUp(chunk_rows_, group) * ChunkRowBytes() > kBackwardChunkBytes) continue;
       chunk_rows_ = RoundUp(chunk_rows_, group);
       break;
     }
@@ -378,16 +400,39 @@ class BackwardLoop {
     return std::min((row + p_.g.pad_top) / p_.g.stride_height, p_.g.out_height - 1);
   }
 
+  // Rows of x that output row `row` reads.
+  int64_t FirstRead(int64_t row) const {
+    return std::clamp<int64_t>(row * p_.g.stride_height - p_.g.pad_top, 0, p_.g.in_height);
+  }
+  int64_t EndRead(int64_t row) const {
+    return std::clamp<int64_t>(row * p_.g.stride_height - p_.g.pad_top + p_.row_reach(), 0,
+                               p_.g.in_height);
+  }
+
+  // Rows [row_begin, row_end) of an array like x, or nothing where they need no fetch: in L2
+  // already, or in pieces.
+  Stretch InputStretch(const S* data, int64_t image, int64_t row_begin, int64_t row_end) const {
+    const Geometry& g = p_.g;
+    if (!fetches_input_ || !data || row_begin >= row_end) return {nullptr, 0};
+    const int64_t row = g.in_width * g.in_channels;
+    return {reinterpret_cast<const char*>(data + (image * g.in_height + row_begin) * row),
+            (row_end - row_begin) * row * static_cast<int64_t>(sizeof(S))};
+  }
+
   void RunSweep(Task& task, const Sweep& sweep) const {
     const int64_t begin = sweep.out_begin, end = sweep.out_end;
     int64_t next_in_row = sweep.in_begin;
     for (int64_t row = begin; row < end; row += chunk_rows_) {
       const int64_t row_end = std::min(row + chunk_rows_, end);
-      RunChunk(task, sweep, row, row_end, (row - begin) % ring_rows_);
-      if (!dx_) continue;
       const int64_t in_begin = next_in_row;
-      while (next_in_row < sweep.in_end && (row_end == end || LastReader(next_in_row) < row_end))
+      while (dx_ && next_in_row < sweep.in_end &&
+             (row_end == end || LastReader(next_in_row) < row_end))
         ++next_in_row;
+      RunChunk(task, sweep, row, row_end, (row - begin) % ring_rows_,
+               InputStretch(p_.x, sweep.image, row == begin ? FirstRead(row) : EndRead(row - 1),
+                            EndRead(row_end - 1)),
+               InputStretch(dx_, sweep.image, in_begin, next_in_row));
+      if (!dx_) continue;
       for (int64_t image = 0; image < sweep.images; ++image) {
         // Several images at once stand whole, one behind the other; one image runs through the
         // ring.
@@ -425,7 +470,10 @@ class BackwardLoop {
   }
 
   // Output rows [row, row_end) of the sweep's images. `slot` is the ring row of the first of them.
-  void RunChunk(Task& task, const Sweep& sweep, int64_t row, int64_t row_end, int64_t slot) const {
+  // `x` is what the chunk is the first to read, `dx` what will be written after it: both come from
+  // memory while the products of matrices are computed.
+  void RunChunk(Task& task, const Sweep& sweep, int64_t row, int64_t row_end, int64_t slot,
+                Stretch x, Stretch dx) const {
     const Geometry& g = p_.g;
     const Scratch& scratch = task.scratch;
     const int64_t width = g.out_width, channels = task.q_end - task.q_begin;
@@ -438,10 +486,25 @@ class BackwardLoop {
       const Panels panels(channels, p_.kernels);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const int64_t q = panels.begin(i);
-        p_.kernels.gemm({pixels, p_.filters, panels.columns(i), dz, dz_stride_, 1,
-                         task.packed + q * p_.filters, panels.width(i), d_depthwise + q,
-                         slice_stride_, nullptr, -kInfinity, kInfinity, false, nullptr, 0, 0,
-                         i == 0 && dz_in_place_});
+        GemmArgs<T> gemm{pixels,
+                         p_.filters,
+                         panels.columns(i),
+                         dz,
+                         dz_stride_,
+                         1,
+                         task.packed + q * p_.filters,
+                         panels.width(i),
+                         d_depthwise + q,
+                         slice_stride_,
+                         nullptr,
+                         -kInfinity,
+                         kInfinity,
+                         false};
+        gemm.fetch_rows = i == 0 && dz_in_place_;
+        const Stretch share = x.Take(panels.count() - i);
+        gemm.fetch = share.data;
+        gemm.fetch_bytes = share.bytes;
+        p_.kernels.gemm(gemm);
       }
     }
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
@@ -489,8 +552,7 @@ class BackwardLoop {
         const int64_t f = panels.begin(i);
         const T* panel = dz + f;
         int64_t panel_stride = dz_stride_;
-        const T* ahead = nullptr;
-        T* ahead_to = nullptr;
+        GemmArgs<T> gemm{};
         if (packs_dz_) {
           T* copy = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
           panel_stride = panels.width(i);
@@ -502,16 +564,29 @@ class BackwardLoop {
           // A panel as wide as this one is copied by the micro-kernel.
           copied = i + 1 < panels.count() && panels.columns(i + 1) == panel_stride;
           if (copied) {
-            ahead = dz + panels.begin(i + 1);
-            ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
+            gemm.ahead = reinterpret_cast<const char*>(dz + panels.begin(i + 1));
+            gemm.ahead_stride = dz_stride_ * static_cast<int64_t>(sizeof(T));
+            gemm.ahead_row_bytes = panel_stride * static_cast<int64_t>(sizeof(T));
+            gemm.ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
           }
         }
-        p_.kernels.gemm({channels, pixels, panels.columns(i), scratch.tile, 1, slice_stride_, panel,
-                         panel_stride, task.sums.pointwise_kernel + task.q_begin * p_.filters + f,
-                         p_.filters, nullptr, -kInfinity, kInfinity, !task.first_chunk,
-                         reinterpret_cast<const char*>(ahead),
-                         dz_stride_ * static_cast<int64_t>(sizeof(T)),
-                         panel_stride * static_cast<int64_t>(sizeof(T)), false, ahead_to});
+        gemm.rows = channels;
+        gemm.depth = pixels;
+        gemm.columns = panels.columns(i);
+        gemm.a = scratch.tile;
+        gemm.a_row_stride = 1;
+        gemm.a_depth_stride = slice_stride_;
+        gemm.b = panel;
+        gemm.b_stride = panel_stride;
+        gemm.c = task.sums.pointwise_kernel + task.q_begin * p_.filters + f;
+        gemm.c_stride = p_.filters;
+        gemm.low = -kInfinity;
+        gemm.high = kInfinity;
+        gemm.accumulate = !task.first_chunk;
+        const Stretch share = dx.Take(panels.count() - i);
+        gemm.fetch = share.data;
+        gemm.fetch_bytes = share.bytes;
+        p_.kernels.gemm(gemm);
         if (task.sums.bias && task.first_slice) {
           p_.kernels.add_column_sums(panel, pixels, panels.columns(i), panel_stride,
                                      task.sums.bias + f);
@@ -734,7 +809,7 @@ class BackwardLoop {
   S* dx_;
   int64_t threads_;
   bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false,
-       packs_dz_ = true;
+       packs_dz_ = true, fetches_input_ = false;
   bool windows_ = false;  // dKd is summed up by window_gradient
   int64_t dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,
