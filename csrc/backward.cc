@@ -61,6 +61,9 @@ class BackwardLoop {
     dx_in_place_ = p_.rows_in_place;
     windows_ = p_.slides && g.kernel_width <= p_.kernels.gradient_window;
     PlanSlices();
+    // Several slices read dz: computed once, if it is not too large.
+    shares_dz_ = !dz_in_place_ && !recompute_slope_ && slices_ > 1 &&
+                 p_.pixels * dz_stride_ * static_cast<int64_t>(sizeof(T)) <= kSharedGradientBytes;
     PlanSlabs();
     PlanRows();
     PlanColumns();
@@ -96,7 +99,8 @@ class BackwardLoop {
     const bool packs_in_time = slabs_ == 1;
     const int64_t packed_at =
         shared.Add(packs_in_time ? 0 : slices_ * packed_slice_elements_, sizeof(T));
-    const int64_t dz_at = shared.Add(recompute_slope_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
+    const int64_t dz_at =
+        shared.Add(recompute_slope_ || shares_dz_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
     const int64_t partial = sums_in_place_ ? 0 : p_.depth * (taps + p_.filters + 1) + p_.filters;
     const int64_t partials_at = shared.Add(slabs_ * partial, sizeof(T));
     const int64_t cuts = dx_ && edge_rows_ > 0 ? g.batch * (bands_ - 1) : 0;
@@ -106,8 +110,8 @@ class BackwardLoop {
     const int64_t packed_slice_at = own.Add(packs_in_time ? packed_slice_elements_ : 0, sizeof(T));
     const int64_t ring_at = own.Add(ring_pixels_ * slice_stride_, sizeof(T));
     const int64_t tile_at = own.Add(chunk_pixels_ * slice_stride_, sizeof(T));
-    const int64_t dz_tile_at =
-        own.Add(dz_in_place_ || recompute_slope_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
+    const int64_t dz_tile_at = own.Add(
+        dz_in_place_ || recompute_slope_ || shares_dz_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
     const int64_t dz_panels_at = own.Add(2 * chunk_pixels_ * p_.kernels.columns, sizeof(T));
     const int64_t y_rows_at =
         own.Add(dz_in_place_ || recompute_slope_ ? 0 : kTransposeBlock * dz_stride_, sizeof(T));
@@ -125,6 +129,29 @@ class BackwardLoop {
     dz_ = reinterpret_cast<T*>(memory + dz_at);
     edges_ = reinterpret_cast<T*>(memory + edges_at);
 
+    const auto scratch_of = [&](int64_t worker) {
+      char* mine = memory + shared.bytes() + worker * own.bytes();
+      return Scratch{reinterpret_cast<T*>(mine + packed_slice_at),
+                     reinterpret_cast<T*>(mine + ring_at),
+                     reinterpret_cast<T*>(mine + tile_at),
+                     reinterpret_cast<T*>(mine + dz_tile_at),
+                     reinterpret_cast<T*>(mine + dz_panels_at),
+                     reinterpret_cast<T*>(mine + y_rows_at),
+                     reinterpret_cast<T*>(mine + staged_at),
+                     reinterpret_cast<int64_t*>(mine + staged_row_at),
+                     reinterpret_cast<T*>(mine + dx_rows_at),
+                     reinterpret_cast<const T**>(mine + sources_at),
+                     reinterpret_cast<SourceRow<T>*>(mine + rows_at),
+                     reinterpret_cast<Tap<T>*>(mine + taps_at)};
+    };
+    if (shares_dz_) {
+      ParallelFor(CeilDiv(p_.pixels, kBackwardPixels), threads_,
+                  [&](int64_t block, int64_t worker) {
+                    const int64_t begin = block * kBackwardPixels;
+                    ComputeOutputGradient(begin, std::min(p_.pixels - begin, kBackwardPixels),
+                                          dz_ + begin * dz_stride_, scratch_of(worker).y_rows);
+                  });
+    }
     if (recompute_slope_) {
       const ForwardArgs forward = {
           args_.x, args_.depthwise_kernel, args_.pointwise_kernel, args_.depthwise_bias, args_.bias,
@@ -152,21 +179,6 @@ class BackwardLoop {
         }
       }
     }
-    const auto scratch_of = [&](int64_t worker) {
-      char* mine = memory + shared.bytes() + worker * own.bytes();
-      return Scratch{reinterpret_cast<T*>(mine + packed_slice_at),
-                     reinterpret_cast<T*>(mine + ring_at),
-                     reinterpret_cast<T*>(mine + tile_at),
-                     reinterpret_cast<T*>(mine + dz_tile_at),
-                     reinterpret_cast<T*>(mine + dz_panels_at),
-                     reinterpret_cast<T*>(mine + y_rows_at),
-                     reinterpret_cast<T*>(mine + staged_at),
-                     reinterpret_cast<int64_t*>(mine + staged_row_at),
-                     reinterpret_cast<T*>(mine + dx_rows_at),
-                     reinterpret_cast<const T**>(mine + sources_at),
-                     reinterpret_cast<SourceRow<T>*>(mine + rows_at),
-                     reinterpret_cast<Tap<T>*>(mine + taps_at)};
-    };
     ParallelFor(slices_ * slabs_, threads_, [&](int64_t task, int64_t worker) {
       const Scratch scratch = scratch_of(worker);
       const int64_t slice = task % slices_, slab = task / slices_;
@@ -500,7 +512,7 @@ class BackwardLoop {
                          -kInfinity,
                          kInfinity,
                          false};
-        gemm.fetch_rows = i == 0 && dz_in_place_;
+        gemm.fetch_rows = i == 0 && (dz_in_place_ || shares_dz_);
         const Stretch share = x.Take(panels.count() - i);
         gemm.fetch = share.data;
         gemm.fetch_bytes = share.bytes;
@@ -604,23 +616,27 @@ class BackwardLoop {
     if constexpr (std::is_same_v<S, T>) {
       if (dz_in_place_) return dy_ + pixel * p_.filters;
     }
-    if (recompute_slope_) return dz_ + pixel * dz_stride_;
+    if (recompute_slope_ || shares_dz_) return dz_ + pixel * dz_stride_;
+    ComputeOutputGradient(pixel, pixels, scratch.dz_tile, scratch.y_rows);
+    return scratch.dz_tile;
+  }
+
+  // dy * slope of pixels [pixel, pixel + pixels), from dy and y.
+  void ComputeOutputGradient(int64_t pixel, int64_t pixels, T* to, T* y_rows) const {
     // In blocks, so that the block of y stays in L1.
     for (int64_t block = 0; block < pixels; block += kTransposeBlock) {
       const int64_t count = std::min(pixels - block, kTransposeBlock);
-      T* rows = scratch.dz_tile + block * dz_stride_;
+      T* rows = to + block * dz_stride_;
       LoadPixels(p_, dy_, p_.filters, p_.image_pixels, pixel + block, pixel + block + count, 0,
                  p_.filters, rows, dz_stride_);
       if (p_.activation() == Activation::kLinear) continue;
       LoadPixels(p_, y_, p_.filters, p_.image_pixels, pixel + block, pixel + block + count, 0,
-                 p_.filters, scratch.y_rows, dz_stride_);
+                 p_.filters, y_rows, dz_stride_);
       for (int64_t r = 0; r < count; ++r) {
         p_.kernels.slope_from_output(p_.activation(), rows + r * dz_stride_,
-                                     scratch.y_rows + r * dz_stride_, rows + r * dz_stride_,
-                                     p_.filters);
+                                     y_rows + r * dz_stride_, rows + r * dz_stride_, p_.filters);
       }
     }
-    return scratch.dz_tile;
   }
 
   // Output rows [out_row, out_row + rows), where windows_; with dilation, one.
@@ -808,8 +824,8 @@ class BackwardLoop {
   const S* pointwise_;
   S* dx_;
   int64_t threads_;
-  bool recompute_slope_ = false, dz_in_place_ = false, dx_in_place_ = false, sums_in_place_ = false,
-       packs_dz_ = true, fetches_input_ = false;
+  bool recompute_slope_ = false, shares_dz_ = false, dz_in_place_ = false, dx_in_place_ = false,
+       sums_in_place_ = false, packs_dz_ = true, fetches_input_ = false;
   bool windows_ = false;  // dKd is summed up by window_gradient
   int64_t dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,

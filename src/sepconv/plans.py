@@ -186,7 +186,7 @@ class Explanation:
 
     def _backward_lines(self) -> list[str]:
         plan = self.backward
-        gradient = "read in place" if plan["output_gradient_in_place"] else "copied by chunks"
+        gradient = "read in place" if plan["output_gradient_in_place"] else "through a copy"
         if plan["output_recomputed"]:
             gradient = "multiplied with the slope beforehand: it needs the forward pass again"
         return [
