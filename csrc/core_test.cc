@@ -614,6 +614,30 @@ std::vector<Case> Cases(const TileConstants& tile) {
               o.height = 13;
     o.width = tile.backward_pixels / 13 + 2;
   });
+  // One image in bands of rows, with sums of their own and rows of dx between them.
+  const int64_t bands = 2 * tile.backward_slab_pixels;
+  add("bands", [&](Options& o) {
+    same3(o), o.width = 37, o.height = bands / 37 + 4, o.channels = tile.lanes + 1;
+  });
+  add("bands, kernel of 5, relu between", [&](Options& o) {
+    o.kernel_height = o.kernel_width = 5, o.top = 3, o.bottom = 1, o.left = 4, o.right = 2;
+    o.width = 29, o.height = bands / 30 + 9, o.between = Activation::kRelu;
+  });
+  add("bands, strides", [&](Options& o) {
+    o.kernel_height = 7, o.kernel_width = 3, o.stride_height = 3, o.stride_width = 2;
+    o.width = 63, o.height = 3 * (bands / 31 + 5), o.top = 4;
+  });
+  add("bands, rows that no window reads", [&](Options& o) {
+    o.kernel_height = o.kernel_width = 1, o.stride_height = 2;
+    o.width = 41, o.height = 2 * (bands / 41 + 3);
+  });
+  add("bands, dilation, channels first", [&](Options& o) {
+    o.dilation_height = 3, o.dilation_width = 2, o.top = o.bottom = 3, o.left = 1;
+    o.width = 27, o.height = bands / 24 + 5, o.layout = Layout::kChannelsFirst;
+  });
+  add("bands of each of several images", [&](Options& o) {
+    same3(o), o.batch = 3, o.width = 31, o.height = bands / 31 + 3, o.multiplier = 2;
+  });
   add("channels first, several tiles", [&](Options& o) {
     same3(o), o.layout = Layout::kChannelsFirst, o.width = 19,
               o.height = tile.forward_pixels / 19 + 2;

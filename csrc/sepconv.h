@@ -151,7 +151,8 @@ bool SetTarget(
 // Tile constants of the current target, for tests that must straddle them and for plans shown to
 // the user.
 struct TileConstants {
-  int64_t lanes, rows, columns, forward_pixels, backward_pixels, backward_channels;
+  int64_t lanes, rows, columns, forward_pixels, backward_pixels, backward_channels,
+      backward_slab_pixels;
 };
 TileConstants CurrentTileConstants(DType dtype);
 

@@ -82,7 +82,8 @@ TileConstants CurrentTileConstants(DType dtype) {
           wide ? target.f64.columns : target.f32.columns,
           kForwardMaxPixels,
           kBackwardPixels,
-          kBackwardChannels};
+          kBackwardChannels,
+          kBackwardSlabPixels};
 }
 
 namespace {

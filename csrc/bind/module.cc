@@ -417,6 +417,7 @@ nb::dict PyTileConstants(const char* dtype_name) {
   result["forward_pixels"] = constants.forward_pixels;
   result["backward_pixels"] = constants.backward_pixels;
   result["backward_channels"] = constants.backward_channels;
+  result["backward_slab_pixels"] = constants.backward_slab_pixels;
   return result;
 }
 
