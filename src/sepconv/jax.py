@@ -16,6 +16,10 @@ the derivatives of all three primitives are again calls of them with one operand
 activations, `forward` is differentiated a second time as activation(linear forward + bias), where
 JAX sees the activation. `operands` are x, depthwise_kernel, pointwise_kernel, then depthwise_bias
 and bias where the geometry has them; `wrt` holds positions among them.
+
+How it is spread over devices. Where a computation is partitioned by XLA (`jit` over a mesh),
+`forward` and `backward` tell that images and filters are independent: every device runs the kernel
+on its images and its filters. What is summed over those, gradients, is summed over the devices.
 """
 
 from __future__ import annotations
@@ -30,8 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.dispatch import prim_requires_devices_during_lowering  # There is no public name.
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sepconv import _native, backends
 from sepconv.spec import ACTIVATIONS, ConvSpec, Geometry, IntOrPair
@@ -259,32 +266,88 @@ def _named(geometry: Geometry, operands: Sequence[Any]) -> tuple[Any, Any, Any, 
     return x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias
 
 
-def _composition(geometry: Geometry, *operands: jax.Array) -> jax.Array:
-    """The operation by JAX's convolutions."""
+def _composition(
+    geometry: Geometry, *operands: jax.Array, depthwise: Callable[..., jax.Array] | None = None
+) -> jax.Array:
+    """The operation by JAX's convolutions, or with another depthwise stage."""
     g = geometry
     x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias = _named(g, operands)
-    numbers = ("NHWC", "HWIO", "NHWC") if g.layout == 0 else ("NCHW", "HWIO", "NCHW")
     # What the last window needs beyond the input; negative where it ends before the input does.
     reach_height = (g.kernel_height - 1) * g.dilation_height + 1
     reach_width = (g.kernel_width - 1) * g.dilation_width + 1
     bottom = (g.out_height - 1) * g.stride_height + reach_height - g.in_height - g.pad_top
     right = (g.out_width - 1) * g.stride_width + reach_width - g.in_width - g.pad_left
-    u = lax.conv_general_dilated(
-        _activate(g.input_activation, x),
-        depthwise_kernel.reshape(g.kernel_height, g.kernel_width, 1, g.depthwise_channels),
-        window_strides=(g.stride_height, g.stride_width),
-        padding=((g.pad_top, bottom), (g.pad_left, right)),
-        rhs_dilation=(g.dilation_height, g.dilation_width),
-        dimension_numbers=numbers,
-        feature_group_count=g.in_channels,
-    )
+    padding = (g.pad_top, bottom), (g.pad_left, right)
+    stage = depthwise or _depthwise_by_convolution
+    u = stage(g, _activate(g.input_activation, x), depthwise_kernel, padding)
     if depthwise_bias is not None:
         u += _along_channels(g, depthwise_bias)
     u = _activate(g.depthwise_activation, u)
+    numbers = _dimension_numbers(g)
     y = lax.conv_general_dilated(u, pointwise_kernel, (1, 1), "VALID", dimension_numbers=numbers)
     if bias is not None:
         y += _along_channels(g, bias)
     return _activate(g.activation, y)
+
+
+def _dimension_numbers(geometry: Geometry) -> tuple[str, str, str]:
+    return ("NHWC", "HWIO", "NHWC") if geometry.layout == 0 else ("NCHW", "HWIO", "NCHW")
+
+
+Padding: TypeAlias = "tuple[tuple[int, int], tuple[int, int]]"
+
+
+def _depthwise_by_convolution(
+    geometry: Geometry, x: jax.Array, kernel: jax.Array, padding: Padding
+) -> jax.Array:
+    g = geometry
+    return lax.conv_general_dilated(
+        x,
+        kernel.reshape(g.kernel_height, g.kernel_width, 1, g.depthwise_channels),
+        window_strides=(g.stride_height, g.stride_width),
+        padding=padding,
+        rhs_dilation=(g.dilation_height, g.dilation_width),
+        dimension_numbers=_dimension_numbers(g),
+        feature_group_count=g.in_channels,
+    )
+
+
+_MOST_TAPS = 64  # A program of more is long, and slow to compile.
+
+
+def _depthwise_by_taps(
+    geometry: Geometry, x: jax.Array, kernel: jax.Array, padding: Padding
+) -> jax.Array:
+    """A sum over the taps, whose derivatives XLA divides between devices as it should.
+
+    Of a convolution in groups it adds up the gradient by the kernel too often, where images are
+    spread over one of several axes of a mesh (jaxlib 0.10.2).
+    """
+    g = geometry
+    if g.kernel_height * g.kernel_width > _MOST_TAPS:
+        return _depthwise_by_convolution(g, x, kernel, padding)
+    rows = 1 if g.layout == 0 else 2  # The axis of the rows; that of the columns follows.
+    strides, sizes, edges = [1] * 4, list(x.shape), [(0, 0, 0)] * 4
+    strides[rows : rows + 2] = g.stride_height, g.stride_width
+    sizes[rows : rows + 2] = g.out_height, g.out_width
+    edges[rows : rows + 2] = [(before, after, 0) for before, after in padding]
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    u = jnp.zeros((), exact)
+    for row in range(g.kernel_height):
+        for column in range(g.kernel_width):
+            start, weights = [0] * 4, kernel[row, column]
+            start[rows : rows + 2] = row * g.dilation_height, column * g.dilation_width
+            end = [a + (n - 1) * s + 1 for a, n, s in zip(start, sizes, strides, strict=True)]
+            pixels = lax.slice(x, start, end, strides)
+            # The multiplier is an axis of its own, after that of the channels.
+            if g.layout == 0:
+                pixels = pixels[..., None]
+            else:
+                pixels, weights = pixels[:, :, None], weights[:, :, None, None]
+            u += pixels.astype(exact) * weights.astype(exact)
+    sizes[3 if g.layout == 0 else 1] = g.depthwise_channels
+    return u.reshape(sizes).astype(x.dtype)
 
 
 def _is_multilinear(geometry: Geometry) -> bool:
@@ -297,7 +360,7 @@ def _separated(geometry: Geometry, *operands: jax.Array) -> jax.Array:
     """The operation as activation(multilinear forward + bias), which JAX can take apart."""
     g = geometry
     if g.depthwise_activation:  # The forward is then no product of its operands.
-        return _composition(g, *operands)
+        return _composition(g, *operands, depthwise=_depthwise_by_taps)
     x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias = _named(g, operands)
     multilinear = g._replace(input_activation=0, activation=0, has_depthwise_bias=0, has_bias=0)
     y = _forward(multilinear, _activate(g.input_activation, x), depthwise_kernel, pointwise_kernel)
@@ -423,14 +486,23 @@ def _backward_by_jax(
 # Shapes.
 
 
+def _output_shape(geometry: Geometry, operands: Sequence[Any]) -> Any:
+    """Over a mesh of explicit axes, y is spread like the images of x and the filters."""
+    sharding = operands[0].sharding
+    if any(array.sharding.spec.count(None) < array.ndim for array in operands):
+        _, axes = _spread(geometry, _operand_dimensions(geometry), operands)
+        sharding = _placed(sharding.mesh, axes, _output_dimensions(geometry))
+    return operands[0].update(shape=geometry.y_shape, sharding=sharding, weak_type=False)
+
+
 @_forward_p.def_abstract_eval
 def _forward_shape(*operands: Any, geometry: Geometry) -> Any:
-    return operands[0].update(shape=geometry.y_shape, weak_type=False)
+    return _output_shape(geometry, operands)
 
 
 @_tangent_p.def_abstract_eval
 def _tangent_shape(*args: Any, geometry: Geometry, wrt: Positions) -> Any:
-    return args[0].update(shape=geometry.y_shape, weak_type=False)
+    return _output_shape(geometry, _split_tangent(args, geometry, wrt)[0])
 
 
 @_backward_p.def_abstract_eval
@@ -621,18 +693,166 @@ def _backward_images(args: Sequence[Any], geometry: Geometry, wrt: Positions) ->
     return {0, 1, *range(1 + _num_operands(geometry), len(args))}
 
 
+# Partitioning. A dimension has a name; "images" and "filters" may be spread over mesh axes.
+
+Axes: TypeAlias = "tuple[Any, ...]"
+Dimensions: TypeAlias = "tuple[str, ...]"
+
+
+def _operand_dimensions(geometry: Geometry) -> list[Dimensions]:
+    x = ("images", "rows", "columns", "channels")
+    if geometry.layout != 0:
+        x = ("images", "channels", "rows", "columns")
+    depthwise_kernel = ("kernelrows", "kernelcolumns", "channels", "multiplier")
+    pointwise_kernel = ("one", "another", "depthwisechannels", "filters")
+    depthwise_bias = [("depthwisechannels",)] * geometry.has_depthwise_bias
+    bias = [("filters",)] * geometry.has_bias
+    return [x, depthwise_kernel, pointwise_kernel, *depthwise_bias, *bias]
+
+
+def _output_dimensions(geometry: Geometry) -> Dimensions:
+    if geometry.layout == 0:
+        return "images", "outrows", "outcolumns", "filters"
+    return "images", "filters", "outrows", "outcolumns"
+
+
+def _sharding_rule(inputs: Sequence[Dimensions], outputs: Sequence[Dimensions]) -> Any:
+    sides = (", ".join(" ".join(names) for names in side) for side in (inputs, outputs))
+    every = dict.fromkeys(name for names in (*inputs, *outputs) for name in names)
+    whole = tuple(name for name in every if name not in ("images", "filters"))
+    return " -> ".join(sides), {"need_replication_factors": whole}
+
+
+def _spread(
+    geometry: Geometry, dimensions: Sequence[Dimensions], arrays: Sequence[Any]
+) -> tuple[Geometry, dict[str, Axes]]:
+    """The call of one device, and the mesh axes that images and filters are spread over.
+
+    The first array that is spread along a dimension decides. One axis cannot do both; images, which
+    are larger than weights, come first.
+    """
+    axes: dict[str, Axes] = {}
+    sizes = {"images": geometry.batch, "filters": geometry.out_channels}
+    for name, size in sizes.items():
+        for names, array in zip(dimensions, arrays, strict=True):
+            sharding = array.sharding
+            if name not in names or not isinstance(sharding, NamedSharding):
+                continue
+            entry = (*sharding.spec, *[None] * len(names))[names.index(name)]
+            found = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+            parts = np.prod([sharding.mesh.shape[axis] for axis in found], dtype=int)
+            # The partitioner would fill up unequal parts, and their gradients, with anything.
+            if parts > 1 and size % parts == 0 and not {*found} & {*axes.get("images", ())}:
+                axes[name], sizes[name] = found, size // int(parts)
+                break
+    return geometry._replace(batch=sizes["images"], out_channels=sizes["filters"]), axes
+
+
+def _placed(mesh: Mesh, axes: dict[str, Axes], names: Dimensions) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(axes.get(name) for name in names)))
+
+
+@functools.partial(custom_partitioning, static_argnums=(0,))
+def _spread_forward(geometry: Geometry, *operands: jax.Array) -> jax.Array:
+    return _forward_p.bind(*operands, geometry=geometry)
+
+
+def _partition_forward(geometry: Geometry, mesh: Mesh, operands: Any, y: Any) -> Any:
+    inputs, output = _operand_dimensions(geometry), _output_dimensions(geometry)
+    part, axes = _spread(geometry, [*inputs, output], [*operands, y])
+
+    def compute(*operands: jax.Array) -> jax.Array:
+        return _forward_p.bind(*operands, geometry=part)
+
+    return (
+        mesh,
+        compute,
+        _placed(mesh, axes, output),
+        tuple(_placed(mesh, axes, names) for names in inputs),
+    )
+
+
+_spread_forward.def_partition(
+    partition=_partition_forward,
+    infer_sharding_from_operands=lambda *args: _partition_forward(*args)[2],
+    sharding_rule=lambda geometry, *_: _sharding_rule(
+        _operand_dimensions(geometry), [_output_dimensions(geometry)]
+    ),
+)
+
+
+def _backward_dimensions(
+    geometry: Geometry, wrt: Positions, count: int
+) -> tuple[list[Dimensions], list[Dimensions]]:
+    """Of the `count` arguments of `backward`, and of its results."""
+    operands, y = _operand_dimensions(geometry), _output_dimensions(geometry)
+    inputs = [y, *operands, y][:count]
+    return inputs, [operands[position] for position in wrt]
+
+
+@functools.partial(custom_partitioning, static_argnums=(0, 1))
+def _spread_backward(geometry: Geometry, wrt: Positions, *args: jax.Array) -> list[jax.Array]:
+    return _backward_p.bind(*args, geometry=geometry, wrt=wrt)
+
+
+def _partition_backward(
+    geometry: Geometry, wrt: Positions, mesh: Mesh, args: Any, gradients: Any
+) -> Any:
+    inputs, outputs = _backward_dimensions(geometry, wrt, len(args))
+    part, axes = _spread(geometry, [*inputs[1:], inputs[0]], [*args[1:], args[0]])
+
+    def compute(*args: jax.Array) -> list[jax.Array]:
+        results = []
+        found = _backward_p.bind(*args, geometry=part, wrt=wrt)
+        for names, gradient in zip(outputs, found, strict=True):
+            summed = [axis for name in axes if name not in names for axis in axes[name]]
+            results.append(lax.psum(gradient, tuple(summed)) if summed else gradient)
+        return results
+
+    return (
+        mesh,
+        compute,
+        [_placed(mesh, axes, names) for names in outputs],
+        tuple(_placed(mesh, axes, names) for names in inputs),
+    )
+
+
+_spread_backward.def_partition(
+    partition=_partition_backward,
+    infer_sharding_from_operands=lambda *args: _partition_backward(*args)[2],
+    sharding_rule=lambda geometry, wrt, mesh, inputs, outputs: _sharding_rule(
+        *_backward_dimensions(geometry, wrt, len(inputs))
+    ),
+)
+
+
 # Lowering.
 
 
-def _lower_forward(ctx: Any, *operands: Any, geometry: Geometry) -> Any:
-    if _refusal(geometry, ctx.avals_in[0].dtype, "cpu") is not None:
+def _is_partitioned(ctx: Any) -> bool:
+    """Whether XLA will divide the computation between devices; inside of `shard_map` it is done."""
+    devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
+    # The rules are functions of this process, which an exported computation leaves.
+    return len(devices) > 1 and not ctx.module_context.lowering_parameters.for_export
+
+
+def _lower_forward(ctx: Any, *operands: Any, geometry: Geometry, platform: str = "") -> Any:
+    if _is_partitioned(ctx):
+        spread = functools.partial(_spread_forward, geometry)
+        return mlir.lower_fun(spread, multiple_results=False)(ctx, *operands)
+    if platform == "" or _refusal(geometry, ctx.avals_in[0].dtype, platform) is not None:
         return _FORWARD_BY_JAX(ctx, *operands, geometry=geometry)
     rule = jax.ffi.ffi_lowering("sepconv_forward")
     return rule(ctx, *operands, geometry=np.array(geometry, np.int64))
 
 
-def _lower_backward(ctx: Any, *args: Any, geometry: Geometry, wrt: Positions) -> Any:
-    if _refusal(geometry, ctx.avals_in[0].dtype, "cpu") is not None:
+def _lower_backward(
+    ctx: Any, *args: Any, geometry: Geometry, wrt: Positions, platform: str = ""
+) -> Any:
+    if _is_partitioned(ctx):
+        spread = functools.partial(_spread_backward, geometry, wrt)
+        return mlir.lower_fun(spread, multiple_results=True)(ctx, *args)
+    if platform == "" or _refusal(geometry, ctx.avals_in[0].dtype, platform) is not None:
         return _BACKWARD_BY_JAX(ctx, *args, geometry=geometry, wrt=wrt)
     _, _, y = _split_backward(args, geometry)
     flags = [position in wrt for position in range(_num_operands(geometry))]
@@ -676,6 +896,8 @@ _REGISTRATION_FAULT = _register_handlers()
 
 for _primitive in (_forward_p, _tangent_p, _backward_p):
     _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+    # `custom_partitioning`, into which they may be lowered, needs to know the devices.
+    prim_requires_devices_during_lowering.add(_primitive)
 ad.primitive_jvps[_forward_p] = _forward_jvp
 ad.primitive_jvps[_tangent_p] = _tangent_jvp
 ad.primitive_jvps[_backward_p] = _backward_jvp
@@ -688,10 +910,9 @@ for _primitive, _images in (
     (_backward_p, _backward_images),
 ):
     batching.primitive_batchers[_primitive] = functools.partial(_batched, _primitive, _images)
-mlir.register_lowering(_forward_p, _FORWARD_BY_JAX)
-mlir.register_lowering(_forward_p, _lower_forward, platform="cpu")
 mlir.register_lowering(_tangent_p, mlir.lower_fun(_tangent_by_jax, multiple_results=False))
-mlir.register_lowering(_backward_p, _BACKWARD_BY_JAX)
-mlir.register_lowering(_backward_p, _lower_backward, platform="cpu")
+for _primitive, _lower in ((_forward_p, _lower_forward), (_backward_p, _lower_backward)):
+    mlir.register_lowering(_primitive, _lower)
+    mlir.register_lowering(_primitive, functools.partial(_lower, platform="cpu"), platform="cpu")
 
 _compiled_forward = jax.jit(_forward, static_argnums=0, inline=True)
