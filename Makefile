@@ -24,8 +24,8 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 # The side-by-side tests start the original layer with this interpreter.
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
-.PHONY: help demo test pytest networks cpp-test cpp-sanitize cpp-fuzz cpp-valgrind cross-aarch64 \
-  properties lint format docs bench bench-peers clean distclean
+.PHONY: help demo test pytest networks cpp-test cpp-sanitize python-sanitize cpp-fuzz cpp-valgrind \
+  cross-aarch64 properties lint format docs bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -40,6 +40,7 @@ help:
 	@echo "make bench-peers   the same on all layers against all inference engines as well (hours)"
 	@echo "make cpp-test      the C++ test of the core alone"
 	@echo "make cpp-sanitize  the same under the address, undefined-behaviour and thread sanitizers"
+	@echo "make python-sanitize  tests of the extension under the address and undefined-behaviour sanitizers"
 	@echo "make cpp-fuzz      any bytes as a call of the core, for FUZZ_SECONDS (needs clang)"
 	@echo "make cpp-valgrind  the C++ test under valgrind"
 	@echo "make cross-aarch64 the C++ test built for aarch64, under qemu (needs a cross compiler)"
@@ -75,6 +76,23 @@ cpp-sanitize: $(VENV)/stamp-build
 	  $(BIN)/cmake --build $$folder && \
 	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done; done
+
+# The extension in the interpreter as it is: the runtimes of GCC's sanitizers are loaded before it. Left
+# out is what counts or limits memory, of which the sanitizer takes its own, and what needs torch.
+SANITIZED_FOLDER = build/g++-address,undefined
+SANITIZER_RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
+
+python-sanitize: $(VENV)/stamp-dev
+	$(call CONFIGURE_CORE,$(SANITIZED_FOLDER)) $(SANITIZED) -DCMAKE_CXX_COMPILER=g++ \
+	  -DSEPCONV_SANITIZE=address,undefined -DSEPCONV_BUILD_MODULE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build $(SANITIZED_FOLDER) --target _native
+	rm -rf build/sanitized && mkdir -p build/sanitized
+	cp -r src/sepconv build/sanitized/
+	cp $(SANITIZED_FOLDER)/_native*.so build/sanitized/sepconv/
+	PYTHONPATH=build/sanitized LD_PRELOAD="$(SANITIZER_RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_border.py \
+	  tests/test_concurrency.py tests/test_processes.py -k 'not float_mode and not memory'
 
 # Where rows of an image without pixels outgrow memory, the answer must be an error, not an abort.
 cpp-fuzz: $(VENV)/stamp-build

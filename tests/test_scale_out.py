@@ -405,26 +405,8 @@ def torch_model(ours: bool) -> Any:
         SeparableConv2d(24, 16, 3, stride=2, depth_multiplier=2),
     ]
     if not ours:
-        pairs = []
-        for layer, after in zip(layers, (nn.ReLU(), nn.Identity()), strict=True):
-            depthwise_weight, pointwise_weight = layer.depthwise_weight, layer.pointwise_weight
-            channels, width = depthwise_weight.shape[0], pointwise_weight.shape[0]
-            depthwise = nn.Conv2d(
-                layer.in_channels,
-                channels,
-                3,
-                layer.stride,
-                layer.padding,
-                groups=layer.in_channels,
-                bias=False,
-            )
-            pointwise = nn.Conv2d(channels, width, 1)
-            with torch.no_grad():
-                depthwise.weight.copy_(depthwise_weight)
-                pointwise.weight.copy_(pointwise_weight)
-                pointwise.bias.copy_(layer.bias)
-            pairs += [depthwise, pointwise, after]
-        layers = pairs
+        first, second = (layer.to_pair() for layer in layers)
+        layers = [*first, nn.ReLU(), *second]
     return nn.Sequential(*layers)
 
 
@@ -497,6 +479,9 @@ def torch_fsdp2(rank: int) -> None:
     join(rank)
     mesh = init_device_mesh("cpu", (2,))
     model = torch_model(ours=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    model.to(torch.float32)  # does not lay them out anew
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

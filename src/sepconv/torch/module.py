@@ -35,7 +35,8 @@ class SeparableConv2d(nn.Module):
 
     The weights lie in memory as the kernel reads them: `pointwise.weight` is dense, but not
     contiguous. Loading a state dict, training, copying and pickling keep that; a parameter that is
-    replaced by one which lies otherwise works, and is copied in every call.
+    replaced by one which lies otherwise works, and is copied in every call. So do
+    contiguous ones, which FSDP2 asks for; `to` and the like leave them contiguous.
 
     Args:
         in_channels: Channels of the input.
@@ -293,15 +294,18 @@ class SeparableConv2d(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SeparableConv2d:
         # Every way to move or convert a module passes here; to(memory_format=...) lays it out anew.
+        # Contiguous weights stay so, for engines that take no others.
         super()._apply(fn, recurse)
-        self._lay_out()
+        self._lay_out(contiguous_too=False)
         return self
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, contiguous_too: bool = True) -> None:
         """Puts the weights into memory in the order in which the kernel reads them."""
         for module, axes in ((self.depthwise, DEPTHWISE_AXES), (self.pointwise, POINTWISE_AXES)):
             weight = module._parameters.get("weight")  # None where it is parametrized.
             if weight is None or weight.stride() == (stride := dense_stride(weight.shape, axes)):
+                continue
+            if weight.is_contiguous() and not contiguous_too:
                 continue
             with torch.no_grad():
                 weight.data = torch.empty_strided(
