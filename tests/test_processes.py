@@ -126,6 +126,44 @@ if __name__ == "__main__":
     )
 
 
+def test_workers_of_joblib_compute():
+    """Processes of loky, threads in them, and a pool of processes inside of a thread."""
+    pytest.importorskip("joblib")
+    scene(
+        """
+from joblib import Parallel, delayed
+from test_processes import bits
+
+def inner(index):
+    return Parallel(2, backend="threading")(delayed(bits)(i) for i in (index, index))
+
+if __name__ == "__main__":
+    expected = [bits(index) for index in range(6)]
+    for backend in ("loky", "threading", "multiprocessing"):
+        assert Parallel(2, backend=backend)(delayed(bits)(i) for i in range(6)) == expected
+    nested = Parallel(2, backend="loky")(delayed(inner)(i) for i in range(6))
+    assert nested == [[one, one] for one in expected]
+    assert [bits(index) for index in range(6)] == expected
+"""
+    )
+
+
+def test_workers_of_dask_compute():
+    pytest.importorskip("dask")
+    scene(
+        """
+import dask
+from test_processes import bits
+
+if __name__ == "__main__":
+    expected = tuple(bits(index) for index in range(6))
+    calls = [dask.delayed(bits)(index) for index in range(6)]
+    for scheduler in ("processes", "threads", "synchronous"):
+        assert dask.compute(*calls, scheduler=scheduler, num_workers=2) == expected
+"""
+    )
+
+
 # --------------------------------------------------------------------------- signals and the end
 
 
