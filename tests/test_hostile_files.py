@@ -92,3 +92,25 @@ def test_a_truncated_file_is_refused(ending, kept, tmp_path):
     with pytest.raises(ValueError, match="truncated") as caught:
         sepconv.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_number_format_that_numpy_lacks_is_refused_with_the_name_of_the_file_issue_7(tmp_path):
+    path = tmp_path / "net.weights.h5"
+    with h5py.File(path, "w") as file:
+        kind = h5py.h5t.IEEE_F32LE.copy()
+        kind.set_ebias(120_000)
+        h5py.h5d.create(file.id, b"w", kind, h5py.h5s.create_simple((3,)))
+    with pytest.raises(ValueError, match="damaged") as caught:
+        sepconv.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_text_that_is_none_is_refused_with_the_name_of_the_file_issue_7(tmp_path):
+    path = tmp_path / "net.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps(model())
+        group = file.create_group("model_weights")
+        group.attrs.create("w", [b"\xff", b"a"], dtype=h5py.string_dtype("ascii"))
+    with pytest.raises(ValueError, match="damaged") as caught:
+        sepconv.load(path)
+    assert str(path) in str(caught.value)

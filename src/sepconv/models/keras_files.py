@@ -344,7 +344,9 @@ def _copy_hdf5(path: Path, stored: Path, copy: Path, attributes: dict[str, bytes
                 raise ValueError(f"{path}: the file has a model and no weights")
             for key, text in attributes.items():
                 _write_text(target, key, text)
-        except (OSError, RuntimeError, TypeError, KeyError) as error:
+        except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
+            if isinstance(error, ValueError) and str(path) in str(error):
+                raise
             raise ValueError(f"{path}: the weights are damaged: {error}") from error
     return elements
 

@@ -250,9 +250,9 @@ def _read_hdf5(path: Path) -> dict[str, Array]:
                 for place, name in names.items()
                 if datasets[place].dtype.kind in "biufcV" and datasets[place].dtype.names is None
             }
-    except ValueError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(f"{path}: not an HDF5 file, or damaged: {error}") from error
 
 
