@@ -258,7 +258,7 @@ SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int
     for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        sum[p][v] += w[v] * LoadLanes<kWhole>(source + p * stride + v * kL, count);
+        MultiplyAddLoaded(sum[p][v], w[v], LoadLanes<kWhole>(source + p * stride + v * kL, count));
       }
     }
   }
@@ -474,7 +474,7 @@ void GradientBlock(const DepthwiseGradientArgs<T>& d, const Tap<T>* taps, int64_
     for (int t = 0; t < kTaps; ++t) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        sum[t][v] += g[v] * LoadLanes<kWhole>(source[t] + offset + v * kL, count);
+        MultiplyAddLoaded(sum[t][v], g[v], LoadLanes<kWhole>(source[t] + offset + v * kL, count));
       }
     }
     gradient += d.gradient_stride;

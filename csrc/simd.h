@@ -134,6 +134,30 @@ SEPCONV_INLINE void MultiplyAdd(V& sum, V a, V b) {
 }
 #endif
 
+// The same where one of the factors is loaded for this product alone: the load may be folded into
+// it. Not written as an expression, of which GCC makes two roundings below -O2: loops that compute
+// pixels of one image must agree to the bit.
+#if defined(SEPCONV_SIMD_AVX512)
+SEPCONV_INLINE void MultiplyAddLoaded(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  sum = _mm512_fmadd_ps(a, b, sum);
+}
+SEPCONV_INLINE void MultiplyAddLoaded(Vec<double>& sum, Vec<double> a, Vec<double> b) {
+  sum = _mm512_fmadd_pd(a, b, sum);
+}
+#elif defined(SEPCONV_SIMD_AVX2)
+SEPCONV_INLINE void MultiplyAddLoaded(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  sum = _mm256_fmadd_ps(a, b, sum);
+}
+SEPCONV_INLINE void MultiplyAddLoaded(Vec<double>& sum, Vec<double> a, Vec<double> b) {
+  sum = _mm256_fmadd_pd(a, b, sum);
+}
+#else
+template <typename V>
+SEPCONV_INLINE void MultiplyAddLoaded(V& sum, V a, V b) {
+  sum += a * b;
+}
+#endif
+
 // Units of kUnit lanes of both in turn, a0 b0 a1 b1 ..., taken from the lower or the upper half of
 // every span of kSpan lanes.
 template <bool kUpper, int kUnit, int kSpan, int kLane>
