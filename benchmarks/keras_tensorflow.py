@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from keras_fit import make_trainable
 
 # Images, kernel, filters.
 LAYERS = {
@@ -197,7 +198,7 @@ def time_fit(folder: Path) -> None:
             weights = model.get_weights()
             model = keras.models.clone_model(model, clone_function=replaced)
             model.set_weights(weights)
-        model.trainable = True
+        make_trainable(model)
         model.compile(optimizer=keras.optimizers.SGD(1e-3), loss="sparse_categorical_crossentropy")
         models[who], steps[who] = model, Steps()
     losses = {}
@@ -209,7 +210,7 @@ def time_fit(folder: Path) -> None:
             losses[who] = history.history["loss"][-1]
             if epoch == 0:
                 steps[who].seconds.clear()
-    print(f"\nfit of a mini-Xception, batch {BATCH}, without oneDNN: milliseconds of a step")
+    print(f"\nfit of a mini-Xception, batch {BATCH}, milliseconds of a step")
     for who, taken in steps.items():
         timing = Timing.of(taken.seconds)
         print(
@@ -268,9 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         for part in options.part:
             command = [options.tensorflow_python, __file__, "--folder", name, "--part", part]
             command += ["--threads", str(options.threads)]
-            # With oneDNN, TensorFlow 2.21 crashes in `fit` of the stock network on a Zen 5.
-            settings = {"TF_ENABLE_ONEDNN_OPTS": "0"} if part == "fit" else {}
-            subprocess.run(command, check=True, env=environment | settings)
+            subprocess.run(command, check=True, env=environment)
 
 
 if __name__ == "__main__":
