@@ -899,6 +899,14 @@ def test_opcheck_of_the_doors():
     torch.library.opcheck(torch.ops.sepconv.separable_conv2d.default, args)
 
 
+def test_weights_on_another_device_are_refused():
+    layer, x = SeparableConv2d(3, 5, 3), torch.empty(2, 3, 7, 8, device="meta")
+    with pytest.raises(ValueError, match=r"on the device of `x`. Received: cpu, x.device=meta"):
+        layer(x)
+    with pytest.raises(TypeError, match=r"`depthwise_kernel` must be an array that DLPack"):
+        SeparableConv2d(3, 5, 3, device="meta")(torch.randn(2, 3, 7, 8))
+
+
 def test_fake_and_meta_tensors_have_the_shape_and_the_memory_format():
     layer = SeparableConv2d(3, 5, 3, stride=2, padding="same", device="meta")
     x = torch.empty(2, 3, 7, 8, device="meta")
