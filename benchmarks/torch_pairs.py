@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -232,8 +233,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from sepconv.bench.workers import pinned
 
-    # Before torch looks at the machine.
-    with pinned(options.threads):
+    # Before torch looks at the machine. What a process that was cut short has left in the common
+    # cache of compiled code may not load.
+    with pinned(options.threads), tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         run(options)
 
 
