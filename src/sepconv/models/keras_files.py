@@ -42,6 +42,9 @@ _INERT = {
     "Conv3DTranspose": ("groups",),
 }
 _SIZES = ("filters", "units", "depth_multiplier", "input_dim", "output_dim")
+_SHAPES = ("batch_input_shape", "batch_shape", "input_shape", "shape", "target_shape")
+# Of one input. Keras may try a layer on an array of that size, to learn the shape of its output.
+_MOST_NUMBERS = 2**28
 
 
 def has_model(path: Path) -> bool:
@@ -87,11 +90,22 @@ def load_model(path: Path, *, fused: bool, custom_objects: Mapping[str, Any] | N
                     layer["class_name"] = "sepconv>SeparableConv2D"
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
         write = _write_archive if path.suffix.lower() == ".keras" else _write_hdf5
-        copy = write(path, Path(folder), config)
-        try:
+        copy, elements = write(path, Path(folder), config)
+
+        def loaded() -> Any:
             return keras.saving.load_model(
                 copy, custom_objects=custom_objects, compile=False, safe_mode=True
             )
+
+        try:
+            # Once without memory for the weights: whatever the config makes of its sizes, the
+            # weights that come out have to be those of the file.
+            with keras.StatelessScope(initialize_variables=False):
+                weights = loaded().weights
+            needed = sum(math.prod(weight.shape) for weight in weights)
+            if needed > elements:
+                raise ValueError(f"it needs {needed} weights, and the file has {elements}")
+            return loaded()
         except RecursionError as error:
             raise ValueError(f"{path}: the config is nested too deeply") from error
         except Exception as error:  # What a config can be wrong in has no end.
@@ -102,6 +116,8 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("Exception encountered:")]
     reason = (said or lines or [type(error).__name__])[-1 if said else 0]
+    if reason.endswith(":"):  # A heading.
+        reason = " ".join(lines[lines.index(reason) :][:2])
     return reason.removeprefix("Exception encountered: ")[:300]
 
 
@@ -199,16 +215,26 @@ def _check_sizes(path: Path, config: Any, elements: int) -> None:
         inner = layer.get("config")
         if not isinstance(inner, dict) or layer.get("class_name") is None:
             continue
+        for key in _SHAPES:
+            shape = inner.get(key)
+            if isinstance(shape, list) and _product(shape) > _MOST_NUMBERS:
+                raise ValueError(
+                    f"{path}: the layer {inner.get('name')!r:.80} is for arrays of {key}={shape}; "
+                    f"{_MOST_NUMBERS} numbers are allowed"
+                )
         sizes = [inner.get(key) for key in _SIZES]
         kernel = inner.get("kernel_size")
         if "filters" in inner or "depth_multiplier" in inner:
             sizes.extend(kernel if isinstance(kernel, list) else [kernel])
-        product = math.prod(size for size in sizes if type(size) is int and size > 0)
-        if product > max(elements, 1):
+        if _product(sizes) > max(elements, 1):
             raise ValueError(
-                f"{path}: the layer {inner.get('name')!r:.80} needs at least {product} weights, "
-                f"and the file has {elements}"
+                f"{path}: the layer {inner.get('name')!r:.80} needs at least {_product(sizes)} "
+                f"weights, and the file has {elements}"
             )
+
+
+def _product(sizes: list[Any]) -> int:
+    return math.prod(size for size in sizes if type(size) is int and size > 0)
 
 
 # ---------------------------------------------------------------------------------------- archives
@@ -266,7 +292,8 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str, most: int) -> bytes
         raise ValueError(f"{path}: {name} is damaged: {error}") from error
 
 
-def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> Path:
+def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
+    """Writes a file for Keras; returns it, and how many numbers its weights are."""
     with _archive(path) as archive:
         size = archive.getinfo("model.weights.h5").file_size
         # Keras stores the weights as they are; what was deflated by others has to be plausible.
@@ -275,14 +302,15 @@ def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> Path:
         stored = folder / "stored.weights.h5"
         stored.write_bytes(_member(path, archive, "model.weights.h5", size))
     weights = folder / "model.weights.h5"
-    _check_sizes(path, config, _copy_hdf5(path, stored, weights, {}))
+    elements = _copy_hdf5(path, stored, weights, {})
+    _check_sizes(path, config, elements)
     copy = folder / "model.keras"
     with zipfile.ZipFile(copy, "w") as target:
         metadata = {"keras_version": keras.__version__, "date_saved": ""}
         target.writestr("metadata.json", json.dumps(metadata))
         target.writestr("config.json", json.dumps(config))
         target.write(weights, "model.weights.h5")
-    return copy
+    return copy, elements
 
 
 # -------------------------------------------------------------------------------------------- HDF5
@@ -297,11 +325,13 @@ def _hdf5(path: Path, file: Path) -> Any:
         raise ValueError(f"{path}: not an HDF5 file, or truncated: {error}") from error
 
 
-def _write_hdf5(path: Path, folder: Path, config: dict[str, Any]) -> Path:
+def _write_hdf5(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
+    """As `_write_archive`, for a model in one HDF5 file."""
     copy = folder / "model.h5"
     attributes = {"model_config": json.dumps(config).encode()}
-    _check_sizes(path, config, _copy_hdf5(path, path, copy, attributes))
-    return copy
+    elements = _copy_hdf5(path, path, copy, attributes)
+    _check_sizes(path, config, elements)
+    return copy, elements
 
 
 def _text_attribute(path: Path, file: Any, name: str) -> str | bytes:
