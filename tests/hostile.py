@@ -163,6 +163,8 @@ KERAS = [
     ("a member with an absolute path", archive(model(), ("/tmp/x", "x")),
      "a member of the archive leads out of it"),
     ("a member that is a link", archive(model(), (link(), "/etc/passwd")), "is a link"),
+    ("half of a JSON text beside the config", archive(model(), ("metadata.json", "{")),
+     "metadata.json is damaged"),
     ("a member twice", archive(model(), ("x", "x"), ("x", "y")), "is there twice"),
     ("a member that says that it has 4 GiB", bomb, "bytes cannot hold"),
     ("an empty file", raw(b""), "not an archive of Keras, or truncated"),

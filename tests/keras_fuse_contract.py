@@ -25,7 +25,7 @@ def with_random_weights(model):
     """The model, with weights that make every stage matter; variances are positive."""
     rng = np.random.default_rng(1)
     for variable in model.weights:
-        if variable.path.endswith(("gamma", "moving_variance")):
+        if variable.path.endswith(("gamma", "variance")):
             variable.assign(rng.uniform(0.5, 1.5, variable.shape))
         else:
             fan = max(1, int(np.prod(variable.shape[:-1])))

@@ -25,13 +25,16 @@ variants = [
          bias_regularizer="l1", activity_regularizer="l2"),
     dict(depthwise_constraint="non_neg", pointwise_constraint=keras.constraints.MaxNorm(3),
          bias_constraint="non_neg", padding="same"),
+    dict(activation="hard_sigmoid", strides=(2, 2), name="named", trainable=False, dtype="float32"),
+    dict(activation="swish", kernel_size=(1, 3), data_format="channels_last"),
 ]
 x = np.random.default_rng(0).normal(size=(2, 9, 11, 4)).astype("float32")
 for number, options in enumerate(variants):
     at = keras.Input((9, 11, 4))
-    y = layers.SeparableConv2D(6, 3, **options)(at)
+    y = layers.SeparableConv2D(6, **{"kernel_size": 3, **options})(at)
     y = layers.BatchNormalization()(y)
-    y = layers.DepthwiseConv2D(2)(y)
+    y = layers.DepthwiseConv2D(2, activation="hard_sigmoid")(y)
+    y = layers.LeakyReLU()(y)
     y = layers.Conv2DTranspose(3, 3)(y)
     model = keras.Model(at, y)
     model.compile("adam", "mse")
@@ -46,16 +49,34 @@ import numpy as np
 import sepconv
 x = np.load(f"{sys.argv[1]}/x.npy")
 found = []
-for number in range(5):
+for number in range(7):
     for ending in ("h5", "keras"):
         for fused in (True, False):
             model = sepconv.load(f"{sys.argv[1]}/{number}.{ending}", fused=fused)
             y = np.load(f"{sys.argv[1]}/{number}.npy")
             difference = float(np.abs(np.asarray(model(x)) - y).max() / np.abs(y).max())
             ours = type(model.layers[1]).__module__ == "sepconv.keras"
-            found.append([number, ending, fused, ours, difference])
+            layer = model.layers[1]
+            kept = [type(getattr(layer, f"{stage}_{kind}")).__name__ for stage in
+                    ("depthwise", "pointwise", "bias") for kind in
+                    ("initializer", "regularizer", "constraint")]
+            kept.append(layer.trainable)
+            found.append([number, ending, fused, ours, difference, kept])
 print(json.dumps(found))
 """
+
+
+# Of initializers, regularizers and constraints of both kernels and the bias, and whether it trains.
+USUAL = ["GlorotUniform", "NoneType", "NoneType"] * 2 + ["Zeros", "NoneType", "NoneType"]
+KEPT = {
+    2: ["HeNormal", "NoneType", "NoneType", "Constant", "NoneType", "NoneType",
+        "Ones", "NoneType", "NoneType", True],
+    3: ["GlorotUniform", "L2", "NoneType", "GlorotUniform", "L1", "NoneType",
+        "Zeros", "L1", "NoneType", True],
+    4: ["GlorotUniform", "NoneType", "NonNeg", "GlorotUniform", "NoneType", "MaxNorm",
+        "Zeros", "NoneType", "NonNeg", True],
+    5: [*USUAL, False],
+}  # fmt: skip
 
 
 def run(python, text, folder, **variables):
@@ -77,7 +98,28 @@ def test_files_of_keras_2_load_and_give_the_same_outputs(tmp_path):
     run(ORACLE, WRITE, tmp_path, TF_CPP_MIN_LOG_LEVEL="3")
     output = run(sys.executable, READ, tmp_path, KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     found = json.loads(output.splitlines()[-1])
-    assert len(found) == 20
-    for number, ending, fused, ours, difference in found:
+    assert len(found) == 28
+    for number, ending, fused, ours, difference, kept in found:
         assert ours == fused, (number, ending)
+        assert kept == KEPT.get(number, [*USUAL, True]), (number, ending)
         assert difference < 1e-5, (number, ending, fused)
+
+
+def test_a_fused_model_comes_back(tmp_path):
+    """In a process that has imported nothing of Keras before."""
+    write = """
+        import sys, keras, sepconv
+        from keras import layers
+        net = keras.Sequential(
+            [keras.Input((8, 8, 2)), layers.DepthwiseConv2D(3), layers.Conv2D(3, 1)]
+        )
+        sepconv.fuse(net).model.save(sys.argv[1] + "/net.keras")
+    """
+    read = """
+        import sys, sepconv
+        print(type(sepconv.load(sys.argv[1] + "/net.keras").layers[0]).__name__)
+    """
+    run(sys.executable, write, tmp_path, KERAS_BACKEND="torch")
+    assert run(sys.executable, read, tmp_path, KERAS_BACKEND="torch").endswith(
+        "FusedSeparableConv2D\n"
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from keras_backends import run_tests
 
 from sepconv import ConvSpec
 from sepconv.models.onnx import export_onnx, to_onnx
@@ -174,6 +176,11 @@ def test_layers_of_keras_ours_and_stock(data_format):
     layer.activation = keras.activations.softmax
     with pytest.raises(ValueError, match="Received: activation='softmax'"):
         to_onnx(layer)
+
+
+def test_models_of_keras(tmp_path):
+    # Nothing depends on the backend but how weights become arrays; torch has nothing to compile.
+    run_tests("torch", tmp_path, Path(__file__).parent / "onnx_models_contract.py")
 
 
 def test_what_cannot_be_exported_is_told():

@@ -14,8 +14,6 @@ import pytest
 
 from sepconv.models.checkpoints import read_checkpoint
 from sepconv.models.tensors import (
-    is_moving_average,
-    is_optimizer_slot,
     read_tensors,
     write_tensors,
 )
@@ -23,6 +21,8 @@ from sepconv.models.weights import (
     chosen_tensors,
     depthwise_from_torch,
     depthwise_to_torch,
+    is_moving_average,
+    is_optimizer_slot,
     pointwise_from_torch,
     pointwise_to_torch,
     separable_weights,

@@ -62,8 +62,8 @@ def examine() -> Health:
         >>> health = examine()
         >>> health.native_fault is None
         True
-        >>> [door.name for door in health.doors if door.name == "numpy"]
-        ['numpy']
+        >>> health.doors[0].name
+        'numpy'
     """
     import sepconv
     from sepconv import machine

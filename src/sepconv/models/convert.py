@@ -12,13 +12,15 @@ import numpy.typing as npt
 
 from sepconv.models.atomic import replacing
 from sepconv.models.fuse import fuse
-from sepconv.models.load import holds_model, load
+from sepconv.models.load import holds_model, load, optimizer_tensors
 from sepconv.models.report import Report
-from sepconv.models.tensors import is_optimizer_slot, read_tensors, write_tensors
+from sepconv.models.tensors import read_tensors, write_tensors
 from sepconv.models.weights import (
     chosen_tensors,
     depthwise_to_torch,
+    is_optimizer_slot,
     pointwise_to_torch,
+    separable_names,
     separable_weights,
 )
 
@@ -31,12 +33,11 @@ LAYOUTS = ("keras", "torch")
 
 _MODEL_ENDINGS = (".keras", ".weights.h5", ".onnx")
 _TENSOR_ENDINGS = (".safetensors", ".pt", ".pth")
-_KERAS_WORDS = (
-    ("depthwise_kernel", "pointwise_kernel", "bias"),
-    ("depthwise_weights", "pointwise_weights", "biases"),
-    ("vars/0", "vars/1", "vars/2"),
-)
-_TORCH_WORDS = ("depthwise.weight", "depthwise.bias", "pointwise.weight", "pointwise.bias")
+# What joins scopes, and what the weights are called in them, in the order of `SeparableWeights`.
+_WORDS = {
+    "keras": ("/", ("depthwise_kernel", "pointwise_kernel", "bias", "depthwise_bias")),
+    "torch": (".", ("depthwise.weight", "pointwise.weight", "pointwise.bias", "depthwise.bias")),
+}
 
 
 def convert(
@@ -51,8 +52,8 @@ def convert(
     """Writes the model or the weights of a file in the format that the ending of `target` names.
 
     A model becomes a model (`.keras`), its weights for Keras (`.weights.h5`), named tensors
-    (`.safetensors`, `.pt`, `.pth`) or, if it is one separable convolution, `.onnx`. Named tensors
-    become named tensors.
+    (`.safetensors`, `.pt`, `.pth`) or a model of ONNX (`.onnx`). Named tensors become named
+    tensors.
 
     Args:
         source: What `sepconv.load` reads.
@@ -90,6 +91,8 @@ def convert(
     model = load(source) if holds_model(source) else None
     if ending in _TENSOR_ENDINGS:
         tensors = read_tensors(source) if model is None else tensors_of(model)
+        if optimizer_slots and model is not None:
+            tensors |= optimizer_tensors(source)
         if not optimizer_slots:
             tensors = chosen_tensors(tensors, moving_averages=moving_averages)
         chosen = layout or ("torch" if ending != ".safetensors" else None)
@@ -107,7 +110,9 @@ def convert(
             f"Received: {source}, a model, for {target}"
         )
     if ending == ".onnx":
-        _export_onnx(source, model, target)
+        from sepconv.models.onnx import export_onnx
+
+        export_onnx(model, target)
     else:
         with replacing(target) as beside:
             model.save(beside) if ending == ".keras" else model.save_weights(beside)
@@ -175,25 +180,27 @@ def check_target(target: Path, *, overwrite: bool) -> str:
 
 
 def tensors_of(model: Any) -> dict[str, Array]:
-    """Returns the weights of a Keras model by their paths, such as `net/sep/depthwise_kernel`.
+    """Returns the weights of a Keras model by their paths, such as `sep/depthwise_kernel`.
 
-    Raises:
-        ValueError: two weights have the same path.
+    Models in models may use a path again; then a number follows it.
     """
     tensors: dict[str, Array] = {}
     for variable in model.weights:
-        if variable.path in tensors:
-            raise ValueError(f"The model has two weights of the name {variable.path!r}")
-        tensors[variable.path] = np.asarray(variable.numpy())
+        name, number = variable.path, 1
+        while name in tensors:
+            number += 1
+            name = f"{variable.path}_{number}"
+        tensors[name] = np.asarray(variable.numpy())
     return tensors
 
 
 def translated(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
     """Returns tensors with the names and axes of another framework for separable convolutions.
 
-    `scope/depthwise_kernel`, `scope/pointwise_kernel` and `scope/bias`, or their names in slim,
-    become `scope.depthwise.weight`, `scope.pointwise.weight` and `scope.pointwise.bias` for
-    `"torch"`, and these become those for `"keras"`. All other tensors stay as they are. A weight of
+    `scope/depthwise_kernel`, `scope/pointwise_kernel`, `scope/bias` and `scope/depthwise_bias`, or
+    their names in slim, become `scope.depthwise.weight`, `scope.pointwise.weight`,
+    `scope.pointwise.bias` and `scope.depthwise.bias` for `"torch"`, and these become those for
+    `"keras"`. All other tensors stay as they are. A weight of
     torch does not tell how many of its channels come from one: for Keras it gets a depth multiplier
     of 1.
 
@@ -202,7 +209,7 @@ def translated(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
         layout: One of `LAYOUTS`.
 
     Raises:
-        ValueError: a depthwise bias, which Keras does not have; or shapes that do not fit.
+        ValueError: shapes do not fit, or two tensors would have one name.
 
     Example:
         >>> names = {"sep/depthwise_kernel": np.ones((3, 3, 4, 1)),
@@ -212,41 +219,27 @@ def translated(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
     """
     # Slots of optimizers stay: they have no layout that is known.
     weights = {name: array for name, array in tensors.items() if not is_optimizer_slot(name)}
+    layers = separable_names(weights)
+    found = separable_weights(weights)
     replaced: dict[str, dict[str, Array]] = {}
     consumed: set[str] = set()
-    for layer, found in separable_weights(weights).items():
-        of_torch = [name for word in _TORCH_WORDS if (name := _joined(layer, ".", word)) in weights]
-        of_keras = next(
-            (
-                [name for word in words if (name := _joined(layer, "/", word)) in weights]
-                for words in _KERAS_WORDS
-                if _joined(layer, "/", words[0]) in weights
-            ),
-            [],
-        )
-        names = of_keras if layout == "torch" else of_torch
-        if not names:
+    for layer, names in layers.items():
+        # Only what says that it is a pair: others may belong to a larger layer.
+        is_named = names.depthwise_kernel == _joined(layer, ".", "depthwise.weight")
+        if names.is_torch == (layout == "torch") or (names.is_torch and not is_named):
             continue
+        depthwise, pointwise, bias, depthwise_bias = found[layer]
         if layout == "torch":
-            scope = layer.replace("/", ".")
-            new = {
-                _joined(scope, ".", "depthwise.weight"): depthwise_to_torch(found.depthwise_kernel),
-                _joined(scope, ".", "pointwise.weight"): pointwise_to_torch(found.pointwise_kernel),
-            }
-            if found.bias is not None:
-                new[_joined(scope, ".", "pointwise.bias")] = found.bias
-        else:
-            if found.depthwise_bias is not None:
-                raise ValueError(f"{layer!r} has a depthwise bias, which Keras does not have")
-            scope = layer.replace(".", "/")
-            new = {
-                _joined(scope, "/", "depthwise_kernel"): found.depthwise_kernel,
-                _joined(scope, "/", "pointwise_kernel"): found.pointwise_kernel,
-            }
-            if found.bias is not None:
-                new[_joined(scope, "/", "bias")] = found.bias
-        replaced[names[0]] = new
-        consumed.update(names)
+            depthwise, pointwise = depthwise_to_torch(depthwise), pointwise_to_torch(pointwise)
+        mark, words = _WORDS[layout]
+        scope = layer.replace("/" if mark == "." else ".", mark)
+        arrays = (depthwise, pointwise, bias, depthwise_bias)
+        replaced[names.depthwise_kernel] = {
+            _joined(scope, mark, word): array
+            for word, array in zip(words, arrays, strict=True)
+            if array is not None
+        }
+        consumed.update(name for name in names[:4] if name is not None)
     result: dict[str, Array] = {}
     for name, array in tensors.items():
         new = replaced.get(name, {} if name in consumed else {name: array})
@@ -259,15 +252,3 @@ def translated(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
 
 def _joined(scope: str, mark: str, word: str) -> str:
     return f"{scope}{mark}{word}" if scope else word
-
-
-def _export_onnx(source: Path, model: Any, target: Path) -> None:
-    from sepconv.models.onnx import export_onnx
-
-    layers = [layer for layer in model.layers if type(layer).__name__ != "InputLayer"]
-    if len(layers) != 1 or type(layers[0]).__name__ != "SeparableConv2D":
-        raise ValueError(
-            f"{source}: only a model of one SeparableConv2D becomes .onnx; this one has "
-            f"{len(layers)} layers: {', '.join(type(layer).__name__ for layer in layers[:8])}"
-        )
-    export_onnx(layers[0], target, input_shape=model.inputs[0].shape)

@@ -10,20 +10,28 @@ import json
 import math
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# First: it chooses a backend of Keras where nobody did. It registers the layer as well.
-import sepconv.keras  # noqa: F401
+# First: it chooses a backend of Keras where nobody did. Both register layers of files.
+import sepconv.keras
+import sepconv.models.keras_fused  # noqa: F401
 
 # isort: split
 import h5py
 import keras
+from keras.src.backend.common import global_state
 
-__all__ = ["has_model", "load_model", "read_config"]
+__all__ = [
+    "hard_sigmoid_of_keras_2",
+    "has_model",
+    "load_model",
+    "read_config",
+    "stored_weights",
+]
 
-_MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
 # What deflate can shrink data by, at most.
 _MOST_COMPRESSION = 1032
 _MOST_CONFIG_BYTES = 64 * 2**20
@@ -41,6 +49,7 @@ _INERT = {
     "Conv2DTranspose": ("groups",),
     "Conv3DTranspose": ("groups",),
 }
+_ACTIVATIONS = ("activation", "recurrent_activation")
 _SIZES = ("filters", "units", "depth_multiplier", "input_dim", "output_dim")
 _SHAPES = ("batch_input_shape", "batch_shape", "input_shape", "shape", "target_shape")
 # Of one input. Keras may try a layer on an array of that size, to learn the shape of its output.
@@ -68,13 +77,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".keras":
         with _archive(path) as archive:
             text: Any = _member(path, archive, "config.json", _MOST_CONFIG_BYTES)
+            version: Any = _archive_version(path, archive)
     else:
         with _hdf5(path, path) as file:
             text = _text_attribute(path, file, "model_config")
+            version = (
+                _attribute(path, file, "keras_version") if "keras_version" in file.attrs else ""
+            )
+    version = version.decode(errors="replace") if isinstance(version, bytes) else str(version)
     config = _parsed(path, text)
+    is_old = version.split(".")[0] in ("", "1", "2")
     for layer in _objects(path, config):
         _check_object(path, layer)
-        _modernize(layer)
+        _modernize(layer, is_old)
     return config
 
 
@@ -98,18 +113,65 @@ def load_model(path: Path, *, fused: bool, custom_objects: Mapping[str, Any] | N
             )
 
         try:
-            # Once without memory for the weights: whatever the config makes of its sizes, the
-            # weights that come out have to be those of the file.
-            with keras.StatelessScope(initialize_variables=False):
-                weights = loaded().weights
-            needed = sum(math.prod(weight.shape) for weight in weights)
-            if needed > elements:
-                raise ValueError(f"it needs {needed} weights, and the file has {elements}")
-            return loaded()
+            return _filled(loaded, elements)
         except RecursionError as error:
             raise ValueError(f"{path}: the config is nested too deeply") from error
         except Exception as error:  # What a config can be wrong in has no end.
             raise ValueError(f"{path}: Keras cannot make the model: {_reason(error)}") from error
+
+
+@contextmanager
+def stored_weights(path: Path) -> Iterator[Path]:
+    """Gives the HDF5 file that the weights of a model are in: its own, or one out of its archive.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if path.suffix.lower() != ".keras":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
+        yield _extracted(path, Path(folder))
+
+
+def _filled(loaded: Callable[[], Any], elements: int) -> Any:
+    """Returns the model that a function loads, whose weights get memory for their values alone.
+
+    Whatever the config makes of its sizes, nothing is allocated before it is known that the weights
+    are those of the file; and no random numbers are drawn that the file then replaces, which with
+    JAX take a compilation for each shape.
+
+    Raises:
+        ValueError: the model has more weights than the file.
+    """
+    scope = keras.StatelessScope(initialize_variables=False)
+    # Keras keeps variables that have no value yet until the end of a scope that gives them one.
+    waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
+    before = len(waiting)
+    try:
+        with scope:
+            model = loaded()
+        needed = sum(math.prod(weight.shape) for weight in model.weights)
+        if needed > elements:
+            raise ValueError(f"it needs {needed} weights, and the file has {elements}")
+        for variable in waiting[before:]:
+            value = scope.get_current_value(variable)
+            if value is not None:
+                variable._initializer = _Stored(value)
+            variable._deferred_initialize()
+    finally:
+        del waiting[before:]
+    return model
+
+
+class _Stored:
+    """An initializer that gives what was stored."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        return self._value
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +239,30 @@ def _is_of_keras(layer: dict[str, Any]) -> bool:
     return module is None or str(module).split(".")[0] in ("keras", "tf_keras", "tensorflow")
 
 
-def _modernize(layer: dict[str, Any]) -> None:
+def _archive_version(path: Path, archive: zipfile.ZipFile) -> Any:
+    """The version of the Keras that wrote an archive, or of this one if nobody says."""
+    if "metadata.json" not in archive.namelist():
+        return keras.__version__
+    try:
+        metadata = json.loads(_member(path, archive, "metadata.json", _MOST_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: metadata.json is damaged: {error}") from error
+    return metadata.get("keras_version") if isinstance(metadata, dict) else None
+
+
+def hard_sigmoid_of_keras_2(x: Any) -> Any:
+    """Computes `clip(0.2*x + 0.5, 0, 1)`: `hard_sigmoid`, which has a slope of 1/6 in Keras 3.
+
+    Args:
+        x: A tensor.
+    """
+    return keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
+
+
+keras.saving.register_keras_serializable(package="sepconv")(hard_sigmoid_of_keras_2)
+
+
+def _modernize(layer: dict[str, Any], is_old: bool) -> None:
     module = layer.get("module")
     if isinstance(module, str) and module.split(".")[0] in ("tf_keras", "tensorflow"):
         layer["module"] = _public_module(module, layer["class_name"])
@@ -194,6 +279,9 @@ def _modernize(layer: dict[str, Any]) -> None:
     axis = inner.get("axis")
     if kind in ("BatchNormalization", "SyncBatchNormalization") and isinstance(axis, list):
         inner["axis"] = axis[0] if len(axis) == 1 else axis
+    for key in _ACTIVATIONS:
+        if is_old and inner.get(key) == "hard_sigmoid":
+            inner[key] = keras.activations.serialize(hard_sigmoid_of_keras_2)
     policy = inner.get("dtype")
     if isinstance(policy, dict) and policy.get("class_name") in ("Policy", "PolicyV1"):
         inner["dtype"] = policy["config"]["name"] if isinstance(policy["config"], dict) else None
@@ -292,8 +380,8 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str, most: int) -> bytes
         raise ValueError(f"{path}: {name} is damaged: {error}") from error
 
 
-def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
-    """Writes a file for Keras; returns it, and how many numbers its weights are."""
+def _extracted(path: Path, folder: Path) -> Path:
+    """The weights of an archive, in a file of their own."""
     with _archive(path) as archive:
         size = archive.getinfo("model.weights.h5").file_size
         # Keras stores the weights as they are; what was deflated by others has to be plausible.
@@ -301,6 +389,12 @@ def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Pa
             raise ValueError(f"{path}: model.weights.h5 says that it has {size} bytes")
         stored = folder / "stored.weights.h5"
         stored.write_bytes(_member(path, archive, "model.weights.h5", size))
+    return stored
+
+
+def _write_archive(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Path, int]:
+    """Writes a file for Keras; returns it, and how many numbers its weights are."""
+    stored = _extracted(path, folder)
     weights = folder / "model.weights.h5"
     elements = _copy_hdf5(path, stored, weights, {})
     _check_sizes(path, config, elements)

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sepconv.models.tensors import read_tensors
+import numpy.typing as npt
 
-__all__ = ["holds_model", "load"]
+from sepconv.models.tensors import read_tensors
+from sepconv.models.weights import is_optimizer_slot
+
+__all__ = ["holds_model", "load", "optimizer_tensors"]
+
+Array = npt.NDArray[Any]
 
 
 def load(
@@ -75,3 +80,16 @@ def holds_model(path: Path) -> bool:
             f"This file needs the package {error.name}. Run: pip install 'sepconv[keras]'"
         ) from error
     return keras_files.has_model(path)
+
+
+def optimizer_tensors(path: Path) -> dict[str, Array]:
+    """Returns what the optimizer of a model stored in its file, by name.
+
+    Args:
+        path: Of a model that could be loaded.
+    """
+    from sepconv.models import keras_files
+
+    with keras_files.stored_weights(path) as stored:
+        tensors = read_tensors(stored)
+    return {name: array for name, array in tensors.items() if is_optimizer_slot(name)}

@@ -1,4 +1,4 @@
-"""Separable convolutions as ONNX: two convolutions, and what surrounds them.
+"""Separable convolutions as ONNX: two convolutions, and what surrounds them; and whole models.
 
     [Transpose] -> [input activation] -> Conv(group=channels) -> [depthwise activation] -> Conv
         -> [activation] -> [Transpose]
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from sepconv.models.weights import (
 )
 from sepconv.spec import ACTIVATIONS, ConvSpec, canonical_activation
 
-__all__ = ["export_onnx", "to_onnx"]
+__all__ = ["DTYPES", "Nodes", "export_onnx", "in_words", "of_keras", "to_onnx", "window"]
 
 Array = npt.NDArray[Any]
 Shape = Sequence[int | None]
@@ -62,6 +62,8 @@ _OPERATORS = {
 _OPSET = 14
 # What protocol buffers can hold, in one message.
 _MOST_BYTES = 2**31 - 2**20
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""Of the numbers of a graph."""
 # A size that no kernel reaches across.
 _FAR = 2**40
 
@@ -74,7 +76,7 @@ def export_onnx(
     input_shape: Shape | None = None,
     opset: int | None = None,
 ) -> None:
-    """Writes a separable convolution as an ONNX file.
+    """Writes a separable convolution, or a model of Keras, as an ONNX file.
 
     Args:
         layer: As for `to_onnx`, as are all arguments that follow.
@@ -100,10 +102,15 @@ def to_onnx(
     input_shape: Shape | None = None,
     opset: int | None = None,
 ) -> Any:
-    """Returns a separable convolution as an ONNX model with one input `x` and one output `y`.
+    """Returns a separable convolution, or a model of Keras, as a model of ONNX.
+
+    A layer has one input `x` and one output `y`. A functional or sequential model has the names of
+    its inputs and outputs; it is for inference, and any backend of Keras will do. Images have their
+    channels first in between, so that transposes are at the edges alone.
 
     Args:
-        layer: A built `SeparableConv2D` of Keras, ours or the stock one, on any backend; a
+        layer: A functional or sequential model of Keras, made of layers that image networks have; a
+            built `SeparableConv2D` of Keras, ours or the stock one, on any backend; a
             `sepconv.torch.SeparableConv2d`; or weights: `SeparableWeights`, or a tuple
             (depthwise_kernel, pointwise_kernel, bias or `None`, depthwise_bias or `None`) of arrays
             in the layouts of Keras, of which the biases may be left out.
@@ -111,31 +118,38 @@ def to_onnx(
         input_shape: Shape of the input, four sizes in the layout of the layer; unknown ones are
             `None`. `None` stands for nothing but the channels known.
         opset: The version of the operators of ONNX; `None` for the first that has all of them:
-            14, for gelu 20, for silu 24. In an older one, silu is two nodes.
+            14, for gelu 20, for silu 24; for a model 20. In an older one, silu is two nodes.
 
     Returns:
         An `onnx.ModelProto` that the checker of onnx accepts.
 
     Raises:
         ImportError: the package onnx is missing.
-        TypeError: `layer` is none of these, or `spec` is given for a layer that has its own.
-        ValueError: ONNX cannot express it: an activation without an operator, an output without
-            elements, or padding "same" with strides and dilation for an unknown size.
+        TypeError: `layer` is none of these, or `spec` is given for what has its own.
+        ValueError: ONNX cannot express it: a layer of a model that is not known here, an activation
+            without an operator, an output without elements, or padding "same" with strides and
+            dilation for an unknown size.
 
     Example:
         >>> weights = np.ones((3, 3, 2, 1), "float32"), np.ones((1, 1, 2, 4), "float32")
         >>> model = to_onnx(weights, spec=ConvSpec(padding="same", activation="relu"))
-        >>> [node.op_type for node in model.graph.node]
-        ['Transpose', 'Conv', 'Conv', 'Relu', 'Transpose']
+        >>> " ".join(node.op_type for node in model.graph.node)
+        'Transpose Conv Conv Relu Transpose'
     """
-    onnx = _onnx()
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(layer, keras.Model):
+        if spec is not None or input_shape is not None:
+            raise TypeError(
+                "`spec` and `input_shape` are for single layers: a model has them. "
+                f"Received: spec={spec}, input_shape={input_shape}"
+            )
+        from sepconv.models import keras_onnx
+
+        return keras_onnx.model_to_onnx(layer, opset=opset)
     weights, own_spec = _weights_and_spec(layer)
     if own_spec is not None and spec is not None:
         raise TypeError(f"`spec` is for weights alone. Received: spec={spec}, layer={layer}")
-    graph = _Graph(onnx, weights, own_spec or spec or ConvSpec(), input_shape, opset)
-    model = graph.model()
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    return _layer_to_onnx(weights, own_spec or spec or ConvSpec(), input_shape, opset)
 
 
 def _onnx() -> Any:
@@ -176,19 +190,38 @@ def _of_keras(keras: Any, layer: Any) -> tuple[SeparableWeights, ConvSpec]:
             f"`layer` must have an activation that ONNX has in one node, {', '.join(ACTIVATIONS)}. "
             f"Received: activation={activation or layer.activation!r}"
         )
-    variables = [layer.depthwise_kernel, layer.pointwise_kernel]
-    if layer.use_bias:
-        variables.append(layer.bias)
-    tensors = [keras.ops.convert_to_tensor(variable) for variable in variables]
-    depthwise, pointwise, *bias = (keras.ops.convert_to_numpy(tensor) for tensor in tensors)
+    return of_keras(layer, known[0])
+
+
+def of_keras(layer: Any, activation: str) -> tuple[SeparableWeights, ConvSpec]:
+    """Returns the weights of a built layer of Keras, and its hyper-parameters with an activation.
+
+    Args:
+        layer: A `SeparableConv2D`.
+        activation: One of `ACTIVATIONS`, in place of that of the layer.
+    """
+    ops = sys.modules["keras"].ops
+    variables = [
+        layer.depthwise_kernel,
+        layer.pointwise_kernel,
+        layer.bias if layer.use_bias else None,
+        # A fused layer has this as well.
+        getattr(layer, "depthwise_bias", None),
+    ]
+    arrays: list[Any] = [
+        None if each is None else ops.convert_to_numpy(ops.convert_to_tensor(each))
+        for each in variables
+    ]
     spec = ConvSpec(
         strides=layer.strides,
         padding=layer.padding,
         dilation_rate=layer.dilation_rate,
         data_format=layer.data_format,
-        activation=known[0],
+        activation=activation,
+        input_activation=getattr(layer, "input_activation", None),
+        depthwise_activation=getattr(layer, "depthwise_activation", None),
     )
-    return SeparableWeights(depthwise, pointwise, bias[0] if bias else None), spec
+    return SeparableWeights(*arrays), spec
 
 
 def _of_torch(layer: Any) -> tuple[SeparableWeights, ConvSpec]:
@@ -222,171 +255,238 @@ def _of_torch(layer: Any) -> tuple[SeparableWeights, ConvSpec]:
 # ------------------------------------------------------------------------------------------- graph
 
 
-class _Graph:
-    """The nodes of one layer, in the order in which they run."""
+class Nodes:
+    """The nodes of a graph so far, in the order in which they run, and its constants.
 
-    def __init__(
-        self,
-        onnx: Any,
-        weights: SeparableWeights,
-        spec: ConvSpec,
-        input_shape: Shape | None,
-        opset: int | None,
-    ) -> None:
-        self._onnx = onnx
-        self._weights = weights
-        self._spec = spec
-        names = (spec.activation, spec.input_activation, spec.depthwise_activation)
-        used = [_OPERATORS[name].opset for name in names if name in _OPERATORS]
-        self._opset = max(_OPSET, *used, 0) if opset is None else int(opset)
-        if self._opset < _OPSET:
-            raise ValueError(f"`opset` must be at least {_OPSET}. Received: opset={opset}")
-        self._x_shape, self._y_shape = self._shapes(input_shape)
+    Args:
+        opset: The version of the operators.
+        dtype: Of the numbers.
+    """
+
+    def __init__(self, opset: int, dtype: np.dtype[Any]) -> None:
+        self.opset = opset
+        self.dtype = dtype
+        self._onnx = _onnx()
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
+        self._names: dict[Any, str] = {}
+        self._nbytes = 0
 
-    def model(self) -> Any:
-        helper = self._onnx.helper
-        spec, weights = self._spec, self._weights
-        last = spec.channels_axis == 3
-        value = "x"
-        if last:
-            value = self._node("Transpose", [value], "x_channels_first", perm=[0, 3, 1, 2])
-        value = self._activated(spec.input_activation, value, "x_activated")
-        value = self._convolved(
+    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds a node, and returns the name of its output, which is `output`."""
+        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def constant(self, name: str, array: Any, dtype: Any = None) -> str:
+        """Adds a constant, in the dtype of the graph if none is given, and returns its name.
+
+        That is the name of another one with the same numbers, if there is one: layers are shared.
+        """
+        array = np.asarray(array, self.dtype if dtype is None else dtype)
+        key = (array.dtype, array.shape, array.tobytes())
+        if key not in self._names:
+            self._names[key] = name
+            self._nbytes += array.nbytes
+            self._constants.append(self._onnx.numpy_helper.from_array(array, name))
+        return self._names[key]
+
+    def activation(self, name: str, value: str, output: str) -> str:
+        """Adds one of `ACTIVATIONS`: a node, or two for silu before opset 24."""
+        if canonical_activation(name) == canonical_activation(None):
+            return value
+        operator = _OPERATORS[name]
+        if operator.opset > self.opset:
+            if operator is _OPERATORS["silu"]:
+                gate = self.add("Sigmoid", [value], f"{output}/gate")
+                return self.add("Mul", [value, gate], output)
+            raise ValueError(
+                f"`opset` must be at least {operator.opset} for the activation {name}. "
+                f"Received: opset={self.opset}"
+            )
+        constants = [
+            self.constant(f"{output}/{number}", constant)
+            for number, constant in enumerate(operator.constants)
+        ]
+        return self.add(operator.name, [value, *constants], output, **operator.attributes)
+
+    def convolution(
+        self, value: str, output: str, weight: Array, bias: Any = None, **attributes: Any
+    ) -> str:
+        """Adds a convolution with a weight in the layout of ONNX."""
+        inputs = [value, self.constant(f"{output}/weight", weight)]
+        if bias is not None:
+            inputs.append(self.constant(f"{output}/bias", bias))
+        return self.add("Conv", inputs, output, **attributes)
+
+    def separable(
+        self,
+        value: str,
+        weights: SeparableWeights,
+        spec: ConvSpec,
+        in_sizes: Sequence[int | None],
+        scope: str = "",
+    ) -> str:
+        """Adds a separable convolution of images with the channels first.
+
+        Args:
+            value: Its input.
+            weights: In the layouts of Keras.
+            spec: Its hyper-parameters.
+            in_sizes: Height and width of the input.
+            scope: Comes before the names of its nodes.
+        """
+        value = self.activation(spec.input_activation, value, f"{scope}x_activated")
+        value = self.convolution(
             value,
-            "depthwise",
+            f"{scope}depthwise",
             depthwise_to_torch(weights.depthwise_kernel),
             weights.depthwise_bias,
             group=weights.depthwise_kernel.shape[2],
-            strides=list(spec.strides),
-            dilations=list(spec.dilation_rate),
-            **self._padding(),
+            **window(spec, weights.depthwise_kernel.shape[:2], in_sizes),
         )
-        value = self._activated(spec.depthwise_activation, value, "depthwise_activated")
-        value = self._convolved(
-            value, "pointwise", pointwise_to_torch(weights.pointwise_kernel), weights.bias
+        value = self.activation(spec.depthwise_activation, value, f"{scope}depthwise_activated")
+        value = self.convolution(
+            value, f"{scope}pointwise", pointwise_to_torch(weights.pointwise_kernel), weights.bias
         )
-        value = self._activated(spec.activation, value, "activated")
-        if last:
-            value = self._node("Transpose", [value], "y_channels_last", perm=[0, 2, 3, 1])
-        self._nodes[-1].output[0] = "y"
-        kind = helper.np_dtype_to_tensor_dtype(weights.depthwise_kernel.dtype)
+        return self.activation(spec.activation, value, f"{scope}activated")
+
+    def rename_last(self, output: str) -> None:
+        """Gives what the last node computes another name."""
+        self._nodes[-1].output[0] = output
+
+    def model(
+        self, name: str, inputs: Mapping[str, Sequence[Any]], outputs: Mapping[str, Sequence[Any]]
+    ) -> Any:
+        """Returns the graph as a model, checked.
+
+        Args:
+            name: Of the graph.
+            inputs: Shapes by name; words stand for sizes that are not known.
+            outputs: The same.
+        """
+        if self._nbytes > _MOST_BYTES:
+            raise ValueError("`layer` must have less than 2 GB of weights: ONNX is limited to that")
+        helper = self._onnx.helper
+        kind = helper.np_dtype_to_tensor_dtype(self.dtype)
         graph = helper.make_graph(
             self._nodes,
-            "separable_conv2d",
-            [helper.make_tensor_value_info("x", kind, self._x_shape)],
-            [helper.make_tensor_value_info("y", kind, self._y_shape)],
+            name,
+            *(
+                [helper.make_tensor_value_info(each, kind, shape) for each, shape in ends.items()]
+                for ends in (inputs, outputs)
+            ),
             self._constants,
         )
-        opsets = [helper.make_opsetid("", self._opset)]
-        return helper.make_model(
+        opsets = [helper.make_opsetid("", self.opset)]
+        model = helper.make_model(
             graph,
             opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for(opsets),
             producer_name="sepconv",
         )
+        self._onnx.checker.check_model(model, full_check=True)
+        return model
 
-    def _shapes(self, input_shape: Shape | None) -> tuple[list[Any], list[Any]]:
-        """Of the input and the output, with words for what is not known; both are checked."""
-        weights, spec = self._weights, self._spec
-        kernel, pointwise = np.shape(weights.depthwise_kernel), np.shape(weights.pointwise_kernel)
-        sizes: list[int | None] = [None] * 4 if input_shape is None else list(input_shape)
-        # The plan checks the shapes of the weights against each other, on an input that fits.
-        largest = [(k - 1) * d + 1 for k, d in zip(kernel[:2], spec.dilation_rate, strict=False)]
-        least = [1, *largest]
-        least.insert(spec.channels_axis, kernel[2] if len(kernel) == 4 else 1)
-        if len(sizes) != 4:
-            raise ValueError(f"`input_shape` must have four sizes. Received: {input_shape!r}")
-        known = [small if size is None else size for size, small in zip(sizes, least, strict=False)]
-        bias, depthwise_bias = (
-            None if each is None else np.shape(each)
-            for each in (weights.bias, weights.depthwise_bias)
-        )
-        geometry = spec.resolve(known, kernel, pointwise, bias, depthwise_bias)
-        for name, array in weights._asdict().items():
-            if array is not None and array.dtype != weights.depthwise_kernel.dtype:
-                raise ValueError(
-                    f"`{name}` must have the dtype of `depthwise_kernel`, "
-                    f"{weights.depthwise_kernel.dtype}. Received: {name}.dtype={array.dtype}"
-                )
-        if weights.depthwise_kernel.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-            raise ValueError(
-                "`depthwise_kernel` must be made of floating-point numbers. "
-                f"Received: depthwise_kernel.dtype={weights.depthwise_kernel.dtype}"
-            )
-        if sum(array.nbytes for array in weights if array is not None) > _MOST_BYTES:
-            raise ValueError("`layer` must have less than 2 GB of weights: ONNX is limited to that")
-        sizes[spec.channels_axis] = geometry.in_channels
-        outputs = list(spec.output_shape(sizes, kernel[:2], geometry.out_channels))
-        if 0 in outputs:
-            raise ValueError(
-                "`input_shape` must be one with a non-empty output: ONNX has no convolution "
-                f"without. Received: input_shape={tuple(sizes)}, output shape {tuple(outputs)}"
-            )
-        words = ["batch", "height", "width"]
-        words.insert(spec.channels_axis, "channels")
-        x_shape = [w if size is None else size for size, w in zip(sizes, words, strict=True)]
-        # Sizes of the output have names of their own, but for the batch.
-        y_words = [word if word == "batch" else f"out_{word}" for word in words]
-        y_shape = [w if size is None else size for size, w in zip(outputs, y_words, strict=True)]
-        self._in_sizes = [size for axis, size in enumerate(sizes) if axis]
-        self._in_sizes.pop(spec.channels_axis - 1)
-        return x_shape, y_shape
 
-    def _padding(self) -> dict[str, Any]:
-        spec, kernel = self._spec, self._weights.depthwise_kernel.shape[:2]
-        height, width = self._in_sizes
-        if height is not None and width is not None:
-            amounts = {spec.padding_amounts(height, width, kernel)}
-        else:
-            # It depends on the remainder of a size by the stride, if on anything.
-            sizes = range(_FAR, _FAR + max(spec.strides))
-            amounts = {spec.padding_amounts(size, size, kernel) for size in sizes}
-        if len(amounts) == 1:
-            ((top, bottom), (left, right)) = amounts.pop()
-            return {"pads": [top, left, bottom, right]}
-        if spec.dilation_rate == (1, 1) and all(
-            size >= stride for size, stride in zip(kernel, spec.strides, strict=True)
-        ):
-            return {"auto_pad": "SAME_UPPER"}
+def window(spec: ConvSpec, kernel: Sequence[int], in_sizes: Sequence[int | None]) -> dict[str, Any]:
+    """Returns the attributes of a convolution that tell where its kernel goes.
+
+    Args:
+        spec: Its hyper-parameters.
+        kernel: Height and width of the kernel.
+        in_sizes: Those of the input; `None` where they are not known.
+
+    Raises:
+        ValueError: the padding depends on what is not known, and ONNX has no word for it.
+    """
+    attributes = {"strides": list(spec.strides), "dilations": list(spec.dilation_rate)}
+    height, width = in_sizes
+    if height is not None and width is not None:
+        amounts = {spec.padding_amounts(height, width, tuple(kernel))}
+    else:
+        # It depends on the remainder of a size by the stride, if on anything.
+        sizes = range(_FAR, _FAR + max(spec.strides))
+        amounts = {spec.padding_amounts(size, size, tuple(kernel)) for size in sizes}
+    if len(amounts) == 1:
+        ((top, bottom), (left, right)) = amounts.pop()
+        return {**attributes, "pads": [top, left, bottom, right]}
+    if spec.dilation_rate == (1, 1) and all(
+        size >= stride for size, stride in zip(kernel, spec.strides, strict=True)
+    ):
+        return {**attributes, "auto_pad": "SAME_UPPER"}
+    raise ValueError(
+        "`input_shape` must have a known height and width: with these strides, kernel and "
+        f"dilation the padding depends on them. Received: strides={spec.strides}, "
+        f"kernel_size={tuple(kernel)}, dilation_rate={spec.dilation_rate}"
+    )
+
+
+def _layer_to_onnx(
+    weights: SeparableWeights, spec: ConvSpec, input_shape: Shape | None, opset: int | None
+) -> Any:
+    names = (spec.activation, spec.input_activation, spec.depthwise_activation)
+    used = [_OPERATORS[name].opset for name in names if name in _OPERATORS]
+    chosen = max(_OPSET, *used, 0) if opset is None else int(opset)
+    if chosen < _OPSET:
+        raise ValueError(f"`opset` must be at least {_OPSET}. Received: opset={opset}")
+    in_shape, out_shape = _shapes(weights, spec, input_shape)
+    nodes = Nodes(chosen, weights.depthwise_kernel.dtype)
+    value, is_last = "x", spec.channels_axis == 3
+    if is_last:
+        value = nodes.add("Transpose", [value], "x_channels_first", perm=[0, 3, 1, 2])
+    in_sizes = [size for axis, size in enumerate(in_shape) if axis not in (0, spec.channels_axis)]
+    value = nodes.separable(value, weights, spec, in_sizes)
+    if is_last:
+        nodes.add("Transpose", [value], "y_channels_last", perm=[0, 2, 3, 1])
+    nodes.rename_last("y")
+    words = ["batch", "height", "width"]
+    words.insert(spec.channels_axis, "channels")
+    # Sizes of the output have names of their own, but for the batch.
+    y_words = [word if word == "batch" else f"out_{word}" for word in words]
+    return nodes.model(
+        "separable_conv2d", {"x": in_words(in_shape, words)}, {"y": in_words(out_shape, y_words)}
+    )
+
+
+def in_words(shape: Sequence[int | None], words: Sequence[str]) -> list[int | str]:
+    """Returns a shape with words for the sizes that are not known."""
+    return [word if size is None else size for size, word in zip(shape, words, strict=True)]
+
+
+def _shapes(
+    weights: SeparableWeights, spec: ConvSpec, input_shape: Shape | None
+) -> tuple[list[int | None], list[int | None]]:
+    """Of the input and the output; all shapes and dtypes are checked."""
+    kernel, pointwise = np.shape(weights.depthwise_kernel), np.shape(weights.pointwise_kernel)
+    sizes: list[int | None] = [None] * 4 if input_shape is None else list(input_shape)
+    # The plan checks the shapes of the weights against each other, on an input that fits.
+    largest = [(k - 1) * d + 1 for k, d in zip(kernel[:2], spec.dilation_rate, strict=False)]
+    least = [1, *largest]
+    least.insert(spec.channels_axis, kernel[2] if len(kernel) == 4 else 1)
+    if len(sizes) != 4:
+        raise ValueError(f"`input_shape` must have four sizes. Received: {input_shape!r}")
+    known = [small if size is None else size for size, small in zip(sizes, least, strict=False)]
+    bias, depthwise_bias = (
+        None if each is None else np.shape(each) for each in (weights.bias, weights.depthwise_bias)
+    )
+    geometry = spec.resolve(known, kernel, pointwise, bias, depthwise_bias)
+    dtype = weights.depthwise_kernel.dtype
+    for name, array in weights._asdict().items():
+        if array is not None and array.dtype != dtype:
+            raise ValueError(
+                f"`{name}` must have the dtype of `depthwise_kernel`, {dtype}. "
+                f"Received: {name}.dtype={array.dtype}"
+            )
+    if dtype.name not in DTYPES:
         raise ValueError(
-            "`input_shape` must have a known height and width: with these strides, kernel and "
-            f"dilation the padding depends on them. Received: strides={spec.strides}, "
-            f"kernel_size={tuple(kernel)}, dilation_rate={spec.dilation_rate}"
+            "`depthwise_kernel` must be made of floating-point numbers. "
+            f"Received: depthwise_kernel.dtype={dtype}"
         )
-
-    def _convolved(
-        self, value: str, stage: str, weight: Array, bias: Array | None, **attributes: Any
-    ) -> str:
-        inputs = [value, self._constant(f"{stage}_weight", weight)]
-        if bias is not None:
-            inputs.append(self._constant(f"{stage}_bias", bias))
-        return self._node("Conv", inputs, stage, **attributes)
-
-    def _activated(self, name: str, value: str, output: str) -> str:
-        if canonical_activation(name) == canonical_activation(None):
-            return value
-        operator = _OPERATORS[name]
-        if operator.opset > self._opset:
-            if operator is _OPERATORS["silu"]:
-                gate = self._node("Sigmoid", [value], f"{output}_gate")
-                return self._node("Mul", [value, gate], output)
-            raise ValueError(
-                f"`opset` must be at least {operator.opset} for the activation {name}. "
-                f"Received: opset={self._opset}"
-            )
-        dtype = self._weights.depthwise_kernel.dtype
-        constants = [
-            self._constant(f"{output}_{number}", np.array(constant, dtype))
-            for number, constant in enumerate(operator.constants)
-        ]
-        return self._node(operator.name, [value, *constants], output, **operator.attributes)
-
-    def _constant(self, name: str, array: Array) -> str:
-        self._constants.append(self._onnx.numpy_helper.from_array(array, name))
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], **attributes))
-        return output
+    sizes[spec.channels_axis] = geometry.in_channels
+    outputs = list(spec.output_shape(sizes, kernel[:2], geometry.out_channels))
+    if 0 in outputs:
+        raise ValueError(
+            "`input_shape` must be one with a non-empty output: ONNX has no convolution "
+            f"without. Received: input_shape={tuple(sizes)}, output shape {tuple(outputs)}"
+        )
+    return sizes, outputs

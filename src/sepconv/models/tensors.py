@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from sepconv.models.atomic import replacing
 from sepconv.models.checkpoints import checkpoint_prefix, read_checkpoint
-from sepconv.models.weights import is_moving_average, is_optimizer_slot
 
-__all__ = ["is_moving_average", "is_optimizer_slot", "read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "write_tensors"]
 
 Array = npt.NDArray[Any]
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from sepconv.spec import canonical_pair
 
 __all__ = [
+    "SeparableNames",
     "SeparableWeights",
     "chosen_tensors",
     "depthwise_from_torch",
@@ -26,6 +27,7 @@ __all__ = [
     "is_optimizer_slot",
     "pointwise_from_torch",
     "pointwise_to_torch",
+    "separable_names",
     "separable_weights",
 ]
 
@@ -286,7 +288,18 @@ class SeparableWeights(NamedTuple):
     bias: Array | None
     """(filters,), or `None`."""
     depthwise_bias: Array | None = None
-    """(channels * depth_multiplier,), or `None`. Only pairs of torch have one."""
+    """(channels * depth_multiplier,), or `None`. Pairs of torch and fused layers have one."""
+
+
+class SeparableNames(NamedTuple):
+    """Names of the weights of one separable convolution among the tensors of a file."""
+
+    depthwise_kernel: str
+    pointwise_kernel: str
+    bias: str | None
+    depthwise_bias: str | None
+    is_torch: bool
+    """Whether the kernels have the layouts of torch."""
 
 
 def separable_weights(
@@ -298,8 +311,9 @@ def separable_weights(
     """Finds the separable convolutions among the tensors of a file, by their names and shapes.
 
     Found are, in one scope, `depthwise_kernel`, `pointwise_kernel` and perhaps `bias` (Keras,
-    `tf.layers`); `depthwise_weights`, `pointwise_weights` and perhaps `biases` (slim); `vars/0`,
-    `vars/1` and perhaps `vars/2` of fitting shapes (weights files of Keras 3); in one module
+    `tf.layers`) and `depthwise_bias` (our fused layers); `depthwise_weights`, `pointwise_weights`
+    and perhaps `biases` (slim); `vars/0` to `vars/3` in that order, of fitting shapes (weights
+    files of Keras 3); in one module
     `depthwise.weight` and `pointwise.weight` with their biases (torch); and any two modules whose
     weights follow each other, (n, 1, height, width) and (filters, n, 1, 1). A pair with a batch
     norm between the two is none of them: `sepconv.fuse` folds it.
@@ -328,58 +342,71 @@ def separable_weights(
         ((3, 3, 4, 1), (1, 1, 4, 5), None)
     """
     chosen = chosen_tensors(tensors, moving_averages=moving_averages)
-    found: dict[str, SeparableWeights] = {}
-    pairs = set()
-    for pair in _torch_pairs(chosen):
-        pairs.add(pair.name)
-        multiplier = (
-            depth_multiplier.get(pair.name, 1)
-            if isinstance(depth_multiplier, Mapping)
-            else depth_multiplier
-        )
-        found[pair.name] = _from_pair(pair, chosen, multiplier)
-    if isinstance(depth_multiplier, Mapping):
-        for name in depth_multiplier:
-            if name not in pairs:
-                raise ValueError(
-                    "`depth_multiplier` must name pairs of torch among the tensors. "
-                    f"Received: {name!r}, which is none"
-                )
-    for name, weights in _scoped(chosen):
-        if name in found:
-            raise ValueError(f"`tensors` must not name a layer twice. Received: {name!r}")
-        found[name] = weights
+    layers = separable_names(chosen)
+    multipliers = depth_multiplier if isinstance(depth_multiplier, Mapping) else {}
+    for layer in multipliers:
+        if layer not in layers or not layers[layer].is_torch:
+            raise ValueError(
+                "`depth_multiplier` must name pairs of torch among the tensors. "
+                f"Received: {layer!r}, which is none"
+            )
+    common = 1 if isinstance(depth_multiplier, Mapping) else depth_multiplier
+    return {
+        layer: _weights(layer, names, chosen, multipliers.get(layer, common))
+        for layer, names in layers.items()
+    }
+
+
+def separable_names(tensors: Mapping[str, Array]) -> dict[str, SeparableNames]:
+    """Finds the separable convolutions as `separable_weights` does, and returns their names.
+
+    Args:
+        tensors: By name; all of them count.
+
+    Raises:
+        ValueError: two layers would have one name.
+
+    Example:
+        >>> import numpy as np
+        >>> tensors = {"a/depthwise_weights": np.ones((3, 3, 4, 1)),
+        ...            "a/pointwise_weights": np.ones((1, 1, 4, 5)), "a/biases": np.ones(5)}
+        >>> separable_names(tensors)["a"][:3]
+        ('a/depthwise_weights', 'a/pointwise_weights', 'a/biases')
+    """
+    found = {}
+    for layer, names in (*_torch_pairs(tensors), *_scoped(tensors)):
+        if layer in found:
+            raise ValueError(f"`tensors` must not name a layer twice. Received: {layer!r}")
+        found[layer] = names
     return found
 
 
 _WORDS = (
-    ("depthwise_kernel", "pointwise_kernel", "bias"),
-    ("depthwise_weights", "pointwise_weights", "biases"),
+    ("depthwise_kernel", "pointwise_kernel", "bias", "depthwise_bias"),
+    ("depthwise_weights", "pointwise_weights", "biases", ""),
     # Files of Keras 3 number the weights of a layer. Only of shapes that no other layer has.
-    ("vars/0", "vars/1", "vars/2"),
+    ("vars/0", "vars/1", "vars/2", "vars/3"),
 )
 
 
-def _scoped(tensors: Mapping[str, Array]) -> Iterator[tuple[str, SeparableWeights]]:
+def _scoped(tensors: Mapping[str, Array]) -> Iterator[tuple[str, SeparableNames]]:
     """Layers of Keras, tf.layers and slim, whose weights have the layout already."""
-    by_name = {name.removesuffix(":0"): array for name, array in tensors.items()}
-    for name, depthwise in by_name.items():
-        for first, second, third in _WORDS:
-            scope = "" if name == first else name.removesuffix(f"/{first}")
-            if scope == name or (pointwise := by_name.get(_under(scope, second))) is None:
+    real = {name.removesuffix(":0"): name for name in tensors}
+    for name in real:
+        for words in _WORDS:
+            scope = "" if name == words[0] else name.removesuffix(f"/{words[0]}")
+            if scope == name or (pointwise := real.get(_under(scope, words[1]))) is None:
                 continue
-            depthwise, pointwise = np.asarray(depthwise), np.asarray(pointwise)
-            bias = by_name.get(_under(scope, third))
-            if first == "vars/0" and not _fit(depthwise.shape, pointwise.shape):
-                continue
-            if not _fit(depthwise.shape, pointwise.shape):
-                raise ValueError(
-                    f"{scope!r} must have weights of the shapes {_DEPTHWISE} and {_POINTWISE}. "
-                    f"Received: {name} of {depthwise.shape}, {_under(scope, second)} of "
-                    f"{pointwise.shape}"
-                )
-            _check_bias(_under(scope, third), bias, pointwise.shape[3])
-            yield scope, SeparableWeights(depthwise, pointwise, bias)
+            depthwise = real[name]
+            bias, depthwise_bias = (real.get(_under(scope, word)) for word in words[2:])
+            if words[0] == "vars/0":
+                shapes = np.shape(tensors[depthwise]), np.shape(tensors[pointwise])
+                if not _fit(*shapes):
+                    continue
+                # Of a fused layer without a bias of the output, the other one is the third.
+                if bias and np.shape(tensors[bias]) != shapes[1][3:]:
+                    bias, depthwise_bias = None, bias
+            yield scope, SeparableNames(depthwise, pointwise, bias, depthwise_bias, is_torch=False)
 
 
 def _under(scope: str, word: str) -> str:
@@ -394,24 +421,26 @@ def _fit(depthwise: Sequence[int], pointwise: Sequence[int]) -> bool:
     )
 
 
-class _Pair(NamedTuple):
-    """Names of two convolutions of torch: of the layer, and of both modules."""
+def _torch_pairs(tensors: Mapping[str, Array]) -> list[tuple[str, SeparableNames]]:
+    pairs: dict[str, tuple[str, SeparableNames]] = {}
 
-    name: str
-    depthwise: str
-    pointwise: str
+    def add(layer: str, depthwise: str, pointwise: str) -> None:
+        bias, depthwise_bias = (
+            name if (name := f"{module}.bias") in tensors else None
+            for module in (pointwise, depthwise)
+        )
+        names = SeparableNames(
+            f"{depthwise}.weight", f"{pointwise}.weight", bias, depthwise_bias, is_torch=True
+        )
+        pairs[names.depthwise_kernel] = (layer, names)
 
-
-def _torch_pairs(tensors: Mapping[str, Array]) -> list[_Pair]:
-    pairs = {}
     for name in tensors:
         # The whole name, or what follows a dot.
-        layer = name.removesuffix("depthwise.weight")
-        if layer != name and (not layer or layer.endswith(".")):
-            pair = _Pair(layer.removesuffix("."), f"{layer}depthwise", f"{layer}pointwise")
-            if f"{pair.pointwise}.weight" in tensors:
-                pairs[name] = pair
-    taken = {f"{pair.pointwise}.weight" for pair in pairs.values()} | set(pairs)
+        scope = name.removesuffix("depthwise.weight")
+        is_named = scope != name and (not scope or scope.endswith("."))
+        if is_named and f"{scope}pointwise.weight" in tensors:
+            add(scope.removesuffix("."), f"{scope}depthwise", f"{scope}pointwise")
+    taken = {names.pointwise_kernel for _, names in pairs.values()} | set(pairs)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
     for depthwise, pointwise in itertools.pairwise(modules):
         weights = (f"{depthwise}.weight", f"{pointwise}.weight")
@@ -419,7 +448,7 @@ def _torch_pairs(tensors: Mapping[str, Array]) -> list[_Pair]:
             continue
         if _is_pair(*(np.shape(tensors[weight]) for weight in weights)):
             taken.update(weights)
-            pairs[weights[0]] = _Pair(depthwise, depthwise, pointwise)
+            add(depthwise, depthwise, pointwise)
     return [pairs[name] for name in tensors if name in pairs]
 
 
@@ -432,28 +461,37 @@ def _is_pair(depthwise: Sequence[int], pointwise: Sequence[int]) -> bool:
     )
 
 
-def _from_pair(pair: _Pair, tensors: Mapping[str, Array], multiplier: int) -> SeparableWeights:
-    depthwise = np.asarray(tensors[f"{pair.depthwise}.weight"])
-    pointwise = np.asarray(tensors[f"{pair.pointwise}.weight"])
+def _weights(
+    layer: str, names: SeparableNames, tensors: Mapping[str, Array], multiplier: int
+) -> SeparableWeights:
+    depthwise = np.asarray(tensors[names.depthwise_kernel])
+    pointwise = np.asarray(tensors[names.pointwise_kernel])
     multiplier, _ = canonical_pair("depth_multiplier", [multiplier, multiplier], minimum=1)
-    if not _is_pair(depthwise.shape, pointwise.shape) or depthwise.shape[0] % multiplier:
+    fits = _fit(depthwise.shape, pointwise.shape)
+    if names.is_torch:
+        fits = _is_pair(depthwise.shape, pointwise.shape) and not depthwise.shape[0] % multiplier
+    if not fits:
+        words = (_DEPTHWISE_TORCH, _POINTWISE_TORCH) if names.is_torch else (_DEPTHWISE, _POINTWISE)
         raise ValueError(
-            f"{pair.name!r} must have weights of the shapes {_DEPTHWISE_TORCH} and "
-            f"{_POINTWISE_TORCH}. Received: {pair.depthwise}.weight of {depthwise.shape}, "
-            f"{pair.pointwise}.weight of {pointwise.shape}, depth_multiplier={multiplier}"
+            f"{layer!r} must have weights of the shapes {words[0]} and {words[1]}. "
+            f"Received: {names.depthwise_kernel} of {depthwise.shape}, {names.pointwise_kernel} of "
+            f"{pointwise.shape}" + (f", depth_multiplier={multiplier}" if names.is_torch else "")
         )
-    bias = tensors.get(f"{pair.pointwise}.bias")
-    depthwise_bias = tensors.get(f"{pair.depthwise}.bias")
-    _check_bias(f"{pair.pointwise}.bias", bias, pointwise.shape[0])
-    _check_bias(f"{pair.depthwise}.bias", depthwise_bias, depthwise.shape[0])
+    if names.is_torch:
+        depthwise = depthwise_from_torch(depthwise, depthwise.shape[0] // multiplier)
+        pointwise = pointwise_from_torch(pointwise)
     return SeparableWeights(
-        depthwise_from_torch(depthwise, depthwise.shape[0] // multiplier),
-        pointwise_from_torch(pointwise),
-        bias,
-        depthwise_bias,
+        depthwise,
+        pointwise,
+        _bias(names.bias, tensors, pointwise.shape[3]),
+        _bias(names.depthwise_bias, tensors, pointwise.shape[2]),
     )
 
 
-def _check_bias(name: str, bias: Any, size: int) -> None:
-    if bias is not None and np.shape(bias) != (size,):
-        raise ValueError(f"{name!r} must have the shape ({size},). Received: {np.shape(bias)}")
+def _bias(name: str | None, tensors: Mapping[str, Array], size: int) -> Array | None:
+    if name is None:
+        return None
+    bias = np.asarray(tensors[name])
+    if bias.shape != (size,):
+        raise ValueError(f"{name!r} must have the shape ({size},). Received: {bias.shape}")
+    return bias
