@@ -18,6 +18,9 @@ PAGES = {
     "docs/jax.md": None,
     "docs/keras.md": "jax",
     "docs/fuse.md": "jax",
+    "docs/files.md": "jax",
+    "docs/migration-keras-2.md": "torch",
+    "docs/migration-torch.md": None,
 }
 # Of a file that is not there, and of layers of another page.
 NOT_RUN = {"README.md": ("model_of_2019.h5", "tf.variable_scope")}
@@ -58,6 +61,8 @@ def test_the_site_is_built_without_complaint(tmp_path):
     reference = (tmp_path / "api.html").read_text(encoding="utf-8")
     for name in ("numpy.separable_conv2d_grad", "torch.SeparableConv2d", "fuse", "load"):
         assert f'id="sepconv.{name}"' in reference
+    # Examples are code, not quotations of quotations.
+    assert "<blockquote>" not in reference
     pages = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").glob("*.md")}
     for page in pages:
         assert (tmp_path / page).with_suffix(".html").exists()
