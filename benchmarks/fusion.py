@@ -2,12 +2,13 @@
 
     python benchmarks/fusion.py jax
     python benchmarks/fusion.py torch
+    python benchmarks/fusion.py timm
     python benchmarks/fusion.py torch --network mobilenet --batch 8
 
 `stock` is the network as it is, `fused` what `sepconv.fuse(model)` makes of it, and `folded` what
 `sepconv.fuse(model, inference=True)` does. The three take turns in one process, which is bound to
 one CPU. JAX compiles each network; torch runs them as they are. Weights are random but for
-mini-xception, that of the package `fer`.
+mini-xception, that of the package `fer`. `timm` is for modules of torch without Keras.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ from typing import Any
 
 import numpy as np
 
-NETWORKS = {"mini-xception": (64, 64, 1), "mobilenet": (224, 224, 3), "xception": (299, 299, 3)}
+KERAS = {"mini-xception": (64, 64, 1), "mobilenet": (224, 224, 3), "xception": (299, 299, 3)}
+TIMM = {"timm legacy_xception": (3, 299, 299), "timm mobilenetv1_100": (3, 224, 224)}
+NETWORKS = KERAS | TIMM
 
 
 def model_of(network: str) -> Any:
+    if network in TIMM:
+        import timm_networks
+        import torch
+
+        torch.manual_seed(0)
+        return timm_networks.network(network).eval()
     import keras
 
     import sepconv
@@ -43,11 +52,18 @@ def model_of(network: str) -> Any:
     return model
 
 
-def call_of(model: Any, x: Any) -> Callable[[], Any]:
-    """Returns the inference of a model on an array, which returns when it is done."""
-    import keras
+def images(x: Any, backend: str) -> Any:
+    """What `sepconv.fuse` takes."""
+    if backend != "timm":
+        return [x]
+    import torch
 
-    if keras.config.backend() == "jax":
+    return torch.from_numpy(x)
+
+
+def call_of(model: Any, x: Any, backend: str) -> Callable[[], Any]:
+    """Returns the inference of a model on an array, which returns when it is done."""
+    if backend == "jax":
         import jax
 
         from sepconv.demo.pretrained import jitted
@@ -57,46 +73,55 @@ def call_of(model: Any, x: Any) -> Callable[[], Any]:
     import torch
 
     tensor = torch.from_numpy(x)
+    if backend == "timm":
+        # As torch recommends it for convolutions on CPUs.
+        model = model.to(memory_format=torch.channels_last)
+        tensor = tensor.to(memory_format=torch.channels_last)
 
     def call() -> Any:
         with torch.inference_mode():
-            return model([tensor], training=False)
+            return model(tensor) if backend == "timm" else model([tensor], training=False)
 
     return call
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend", choices=("jax", "torch"))
+    parser.add_argument("backend", choices=("jax", "torch", "timm"))
     parser.add_argument("--network", choices=NETWORKS, action="append")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     # Before any framework counts the CPUs.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.environ |= {"KERAS_BACKEND": options.backend, "OMP_NUM_THREADS": "1"}
+    backend = options.backend
+    os.environ |= {"KERAS_BACKEND": backend.replace("timm", "torch"), "OMP_NUM_THREADS": "1"}
 
     import sepconv
     from sepconv.timing import block_of, interleaved
 
-    print("| network | backend | stock ms | fused ms | folded ms | ratio fused | ratio folded |")
-    print("|---|---|---|---|---|---|---|")
-    for network in options.network or NETWORKS:
+    words = ("stock ms", "fused ms", "folded ms", "ratio fused", "ratio folded", "difference")
+    print("| network | backend |", " | ".join(words), "|")
+    print("|---" * (2 + len(words)) + "|")
+    for network in options.network or (TIMM if backend == "timm" else KERAS):
         shape = (options.batch, *NETWORKS[network])
         x = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
         stock = model_of(network)
-        fused, report = sepconv.fuse(stock, inputs=[x])
-        folded, folded_report = sepconv.fuse(stock, inference=True, inputs=[x])
+        inputs = images(x, backend)
+        fused, report = sepconv.fuse(stock, inputs=inputs)
+        folded, folded_report = sepconv.fuse(stock, inference=True, inputs=inputs)
         blocks = {
-            name: block_of(call_of(model, x))
+            name: block_of(call_of(model, x, backend))
             for name, model in (("stock", stock), ("fused", fused), ("folded", folded))
         }
         times = interleaved(blocks, rounds=options.rounds, block_seconds=0.3)
+        difference = folded_report.output_difference / folded_report.output_largest
         ms = [1e3 * times[name].median for name in blocks]
         counts = [f"{len(each.swapped)}/{len(each.candidates)}" for each in (report, folded_report)]
         print(
-            f"| {network} {shape} | {options.backend} | {ms[0]:.2f} | {ms[1]:.2f} ({counts[0]}) |"
-            f" {ms[2]:.2f} ({counts[1]}) | {ms[0] / ms[1]:.2f} | {ms[0] / ms[2]:.2f} |",
+            f"| {network} {shape} | {backend} | {ms[0]:.2f} | {ms[1]:.2f} ({counts[0]}) |"
+            f" {ms[2]:.2f} ({counts[1]}) | {ms[0] / ms[1]:.2f} | {ms[0] / ms[2]:.2f} |"
+            f" {difference:.1e} |",
             flush=True,
         )
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +11,16 @@ import pytest
 import torch
 from keras_backends import run_tests
 from test_fuse_torch import warmed
-from torch import nn
 
 import sepconv
 from sepconv.demo.data import astronaut_face
 from sepconv.torch import SeparableConv2d
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path[:0] = [str(HERE.parent / "examples"), str(HERE.parent / "benchmarks")]
 
 import blazeface  # noqa: E402
+import timm_networks  # noqa: E402
 from published import open_picture, overlap  # noqa: E402
 
 
@@ -65,44 +61,11 @@ def test_blazeface_in_torch_gives_what_onnxruntime_gives(name, pairs):
     assert overlap(boxes[0], np.array([left, top, right, bottom])) > 0.5
 
 
-@pytest.fixture
-def timm(monkeypatch):
-    """Imports modules of timm's models by name, without the packages that timm needs for more.
-
-    Its packages import torchvision, whose usual build does not load beside the torch of the tests.
-    The models here take from it one class, to recognise modules that they do not have.
-    """
-    folder = Path(importlib.util.find_spec("timm").submodule_search_locations[0])
-    own = {name for name in sys.modules if name.partition(".")[0] == "timm"}
-
-    def package(name, path=None, **contents):
-        module = types.ModuleType(name)
-        module.__path__ = [] if path is None else [str(path)]
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
-        return module
-
-    package("torchvision")
-    package("torchvision.ops")
-    package("torchvision.ops.misc", FrozenBatchNorm2d=type("FrozenBatchNorm2d", (nn.Module,), {}))
-    package("timm", folder, __version__=importlib.metadata.version("timm"))
-    package("timm.models", folder / "models")
-    data = package("timm.data", folder / "data")
-    constants = importlib.import_module("timm.data.constants")
-    vars(data).update({name: value for name, value in vars(constants).items() if name.isupper()})
-    yield lambda name: importlib.import_module(f"timm.models.{name}")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
-        if name not in own:
-            monkeypatch.delitem(sys.modules, name)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "pairs"),
-    [("xception", "legacy_xception", 34), ("efficientnet", "mobilenetv1_100", 13)],
-)
-def test_networks_of_timm(timm, module, name, pairs):
+@pytest.mark.parametrize("name", timm_networks.NETWORKS)
+def test_networks_of_timm(name):
     torch.manual_seed(1)
-    net = warmed(getattr(timm(module), name)(num_classes=10)).eval()
+    net = warmed(timm_networks.network(name, num_classes=10)).eval()
+    pairs = timm_networks.NETWORKS[name][2]
     x = torch.randn(1, 3, 71, 71)
     model, report = sepconv.fuse(net, inference=True, inputs=x)
     assert len(report.swapped) == len(report.candidates) == pairs
