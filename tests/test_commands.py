@@ -261,6 +261,11 @@ def test_doctor_tells_what_runs():
     assert facts["packages"]["numpy"] == np.__version__
     found = {door["name"]: door["reason"] for door in facts["doors"]}
     assert found == {"numpy": "", "jax": "", "torch": "", "keras": ""}
+    native, triton = facts["backends"]
+    assert (native["device"], native["runs"]) == (machine.cpu_name(), True)
+    # Either there is a GPU, or somebody says what is missing.
+    assert triton["name"] == "triton"
+    assert triton["runs"] == (triton["reason"] == "")
     # A door that cannot run says why, and the others are not concerned.
     other = json.loads(shell("doctor", "--json", KERAS_BACKEND="no-such-backend").stdout)
     reasons = {door["name"]: door["reason"] for door in other["doors"]}

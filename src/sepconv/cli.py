@@ -335,7 +335,7 @@ def fuse(
                 tolerance=tolerance,
                 overwrite=overwrite,
             )
-        _answer(report.to_json(), str(report), json)
+        _answer(report.to_json(), [report.table()], json)
 
 
 @app.command()

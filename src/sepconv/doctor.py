@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["Door", "Health", "examine"]
+__all__ = ["Backend", "Door", "Health", "examine"]
 
 _FRAMEWORKS = ("numpy", "jax", "torch", "keras")
 _PACKAGES = (
@@ -14,6 +15,7 @@ _PACKAGES = (
     "jax",
     "jaxlib",
     "torch",
+    "triton",
     "keras",
     "tensorflow",
     "h5py",
@@ -28,6 +30,17 @@ class Door(NamedTuple):
     name: str
     runs: bool
     """Whether a call of it runs the kernel of this library."""
+    reason: str
+    """Why not; empty if it does."""
+
+
+class Backend(NamedTuple):
+    """Kernels of this library for one kind of device."""
+
+    name: str
+    device: str
+    """What was found of that kind, or the kind."""
+    runs: bool
     reason: str
     """Why not; empty if it does."""
 
@@ -48,11 +61,16 @@ class Health(NamedTuple):
     usable_cpus: int
     packages: dict[str, str]
     """Versions of those that are installed."""
+    backends: tuple[Backend, ...]
+    """Those of `sepconv.backends`."""
     doors: tuple[Door, ...]
 
     def facts(self) -> dict[str, Any]:
         """Returns it as what JSON can hold."""
-        return {**self._asdict(), "doors": [door._asdict() for door in self.doors]}
+        return self._asdict() | {
+            "backends": [backend._asdict() for backend in self.backends],
+            "doors": [door._asdict() for door in self.doors],
+        }
 
 
 def examine() -> Health:
@@ -86,8 +104,39 @@ def examine() -> Health:
         threads=threads,
         usable_cpus=machine.usable_cpus(),
         packages=machine.versions(*_PACKAGES),
+        backends=tuple(_backends(fault)),
         doors=tuple(Door(name, not (why := _why_not(name, fault)), why) for name in _FRAMEWORKS),
     )
+
+
+def _backends(fault: str | None) -> Iterator[Backend]:
+    from sepconv import backends, machine
+    from sepconv.spec import ConvSpec
+
+    geometry = ConvSpec().resolve((1, 4, 4, 2), (3, 3, 2, 1), (1, 1, 2, 3))
+    for backend in backends.BACKENDS:
+        reason = backend.refusal(geometry, "float32")
+        device = backend.device
+        if device == "cpu":
+            device, reason = machine.cpu_name(), fault or reason
+        elif reason is None:
+            # The other kind there is. Only torch calls its kernels.
+            device, reason = _gpu()
+        yield Backend(backend.name, device, reason is None, reason or "")
+
+
+def _gpu() -> tuple[str, str | None]:
+    """What the GPU is called, and why there is none."""
+    if importlib.util.find_spec("torch") is None:
+        return "cuda", "the package torch is not installed"
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "cuda", f"torch {torch.__version__} finds no GPU"
+        return str(torch.cuda.get_device_name()), None
+    except Exception as error:  # Whatever keeps torch from working is the answer.
+        return "cuda", f"{type(error).__name__}: {error}"
 
 
 def _why_not(door: str, fault: str | None) -> str:

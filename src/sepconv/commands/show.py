@@ -48,8 +48,13 @@ def health_tables(health: Health) -> list[Table]:
         ("threads", f"{health.threads} of {health.usable_cpus} CPUs"),
         *health.packages.items(),
     ]
+    backends = [(each.name, each.device, each.reason or "yes") for each in health.backends]
     doors = [(door.name, door.reason or "our kernel") for door in health.doors]
-    return [_table("Machine", ("", ""), facts), _table("Doors", ("door", "runs"), doors)]
+    return [
+        _table("Machine", ("", ""), facts),
+        _table("Kernels", ("backend", "device", "runs"), backends),
+        _table("Doors", ("door", "runs"), doors),
+    ]
 
 
 def _table(

@@ -24,6 +24,8 @@ import h5py
 import keras
 from keras.src.backend.common import global_state
 
+from sepconv.models.tensors import MOST_COMPRESSION, check_dataset
+
 __all__ = [
     "hard_sigmoid_of_keras_2",
     "has_model",
@@ -32,8 +34,6 @@ __all__ = [
     "stored_weights",
 ]
 
-# What deflate can shrink data by, at most.
-_MOST_COMPRESSION = 1032
 _MOST_CONFIG_BYTES = 64 * 2**20
 _MOST_DEPTH = 200
 # Python that a file brings along, and operations of TensorFlow that Keras 3 does not have.
@@ -357,7 +357,7 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{path}: a member of the archive is a link: {name!r:.80}")
         if member.flag_bits & 1:
             raise ValueError(f"{path}: a member of the archive is encrypted: {name!r:.80}")
-        if member.file_size > _MOST_COMPRESSION * max(member.compress_size, 1):
+        if member.file_size > MOST_COMPRESSION * max(member.compress_size, 1):
             raise ValueError(
                 f"{path}: {name!r:.80} says that it has {member.file_size} bytes, which "
                 f"{member.compress_size} bytes cannot hold"
@@ -481,18 +481,9 @@ def _write_text(target: Any, key: str, text: bytes) -> None:
 
 
 def _copy_dataset(path: Path, stored: Path, dataset: Any, target: Any, name: str) -> int:
-    if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path}: {name!r:.80} has its numbers in another file")
     if dataset.dtype.kind not in "biufcV" or dataset.dtype.names is not None:
         return 0
-    count = math.prod(dataset.shape or (0,))
-    nbytes = count * dataset.dtype.itemsize
-    held = dataset.id.get_storage_size() * (_MOST_COMPRESSION if dataset.chunks else 1)
-    if nbytes > min(held, stored.stat().st_size * _MOST_COMPRESSION):
-        raise ValueError(
-            f"{path}: {name!r:.80} of the shape {dataset.shape} needs {nbytes} bytes, and the file "
-            "does not have them"
-        )
+    count = check_dataset(path, dataset, stored.stat().st_size)
     copied = target.create_dataset(name, data=dataset[()], dtype=dataset.dtype)
     for key in dataset.attrs:
         copied.attrs[key] = _attribute(path, dataset, key)

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from sepconv.models.atomic import replacing
 from sepconv.models.checkpoints import checkpoint_prefix, read_checkpoint
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["MOST_COMPRESSION", "check_dataset", "read_tensors", "write_tensors"]
 
 Array = npt.NDArray[Any]
 
-# What deflate can shrink data by, at most.
-_MOST_COMPRESSION = 1032
+MOST_COMPRESSION = 1032
+"""What deflate can shrink data by, at most."""
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -277,16 +277,32 @@ def _texts(values: Any) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
-def _read_dataset(path: Path, dataset: Any) -> Array:
+def check_dataset(path: Path, dataset: Any, file_bytes: int) -> int:
+    """Returns how many numbers a dataset of HDF5 has, which are as many as it says.
+
+    Args:
+        path: Named in errors.
+        dataset: Of h5py.
+        file_bytes: Size of the file that it is in.
+
+    Raises:
+        ValueError: they are in another file, or more than the file can hold.
+    """
     if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path}: {dataset.name!r} has its numbers in another file")
-    stored = dataset.id.get_storage_size() * (_MOST_COMPRESSION if dataset.chunks else 1)
-    nbytes = math.prod(dataset.shape or (0,)) * dataset.dtype.itemsize
-    if min(stored, path.stat().st_size * _MOST_COMPRESSION) < nbytes:
+        raise ValueError(f"{path}: {dataset.name!r:.80} has its numbers in another file")
+    count = math.prod(int(size) for size in dataset.shape or (0,))
+    nbytes = count * int(dataset.dtype.itemsize)
+    stored = dataset.id.get_storage_size() * (MOST_COMPRESSION if dataset.chunks else 1)
+    if nbytes > min(stored, file_bytes * MOST_COMPRESSION):
         raise ValueError(
-            f"{path}: {dataset.name!r} of the shape {dataset.shape} needs {nbytes} bytes, and the "
-            "file does not have them"
+            f"{path}: {dataset.name!r:.80} of the shape {dataset.shape} needs {nbytes} bytes, and "
+            "the file does not have them"
         )
+    return count
+
+
+def _read_dataset(path: Path, dataset: Any) -> Array:
+    check_dataset(path, dataset, path.stat().st_size)
     array: Array = dataset[()]
     if array.dtype.kind == "V":
         if array.dtype.itemsize != 2:
