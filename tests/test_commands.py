@@ -133,6 +133,7 @@ def test_a_hostile_file_is_one_line_and_leaves_nothing(verb, name, tmp_path):
         (["out.keras"], "holds tensors and no model"),
         (["out.pt", "--layout", "onnx"], "`layout` must be one of"),
         (["out.pt", "--moving-averages", "--optimizer-slots"], "exclude each other"),
+        (["out.keras", "--model", "weights.pt"], "must be the file of a model"),
         (["no/such/out.pt"], "there is no folder"),
     ],
 )

@@ -144,6 +144,7 @@ ROOMS = {
     },
     "models/keras_graph.py": {"keras"},
     "models/keras_rebuild.py": {"keras", "sepconv.models.keras_graph"},
+    "models/keras_assign.py": {"keras", "numpy", "sepconv.models.keras_graph"},
     "models/keras_fused.py": {"keras", "jax", "sepconv.spec", "sepconv.keras"},
     "models/keras_files.py": {
         "h5py",
@@ -196,6 +197,7 @@ ROOMS = {
         "numpy",
         "sepconv.models.atomic",
         "sepconv.models.fuse",
+        "sepconv.models.keras_assign",
         "sepconv.models.load",
         "sepconv.models.onnx",
         "sepconv.models.report",

@@ -12,7 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import sepconv
 from sepconv.models.checkpoints import read_checkpoint
+from sepconv.models.convert import convert
 from sepconv.models.tensors import (
     read_tensors,
     write_tensors,
@@ -253,6 +255,60 @@ def test_a_checkpoint_of_slim(checkpoints, moving_averages):
     y = separable_conv2d(x, *found[:3], strides=2, padding="same", activation="relu")
     wanted = np.load(checkpoints / "slim" / ("averaged.npy" if moving_averages else "y.npy"))
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Keras itself converts its variables for NumPy in the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("moving_averages", [False, True])
+@pytest.mark.parametrize("kind", ["layers", "slim"])
+def test_a_checkpoint_becomes_a_model_of_keras(checkpoints, kind, moving_averages, tmp_path):
+    from sepconv.keras import keras
+
+    layers = keras.layers
+    common = {"strides": 2, "padding": "same", "activation": "relu"}
+    chain = {
+        "layers": [
+            layers.SeparableConv2D(5, 3, depth_multiplier=2, name="first", **common),
+            layers.SeparableConv2D(4, (2, 3), use_bias=False, name="second"),
+        ],
+        "slim": [
+            layers.SeparableConv2D(5, 3, depth_multiplier=3, name="SeparableConv2d", **common)
+        ],
+    }[kind]
+    empty, full = tmp_path / "empty.keras", tmp_path / "full.keras"
+    keras.Sequential([keras.Input((9, 8, 3)), *chain]).save(empty)
+    prefix = checkpoints / kind / "model.ckpt-2"
+    convert(prefix, full, model=empty, moving_averages=moving_averages)
+    y = keras.ops.convert_to_numpy(sepconv.load(full)(np.load(checkpoints / "x.npy")))
+    wanted = np.load(checkpoints / kind / ("averaged.npy" if moving_averages else "y.npy"))
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+KERNELS = {"s/depthwise_kernel:0": (1, 1, 1, 1), "x/s/pointwise_weights": (1, 1, 1, 5)}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ({"a/s/bias": 5}, "one for the weight 's/depthwise_kernel'. Received: none"),
+        ({**KERNELS, "a/s/bias": 5, "b/s/biases": 5}, r"Received: \['a/s/bias', 'b/s/biases'\]"),
+        ({**KERNELS, "s/bias": 4}, r"\(5,\) for 's/bias'. Received: 's/bias' of \(4,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_model_are_told(shapes, reason):
+    from sepconv.keras import keras
+    from sepconv.models.keras_assign import assign
+
+    net = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.SeparableConv2D(5, 1, name="s")])
+    before = net.get_weights()
+    with pytest.raises(ValueError, match=reason):
+        assign(net, {name: np.ones(shape, "float32") for name, shape in shapes.items()})
+    np.testing.assert_equal(net.get_weights(), before)
+    # What fits in full comes before what fits from its end.
+    whole = {**KERNELS, "s/bias": 5, "b/s/biases": 5}
+    found = assign(net, {name: np.ones(shape, "float32") for name, shape in whole.items()})
+    assert found["s/bias"] == "s/bias"
 
 
 def test_a_checkpoint_of_objects(checkpoints):

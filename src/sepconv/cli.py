@@ -15,6 +15,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as _error:
     # The library does without them; whoever calls the command wants to know how to get them.
     raise SystemExit(
@@ -68,7 +69,10 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outp
 @contextmanager
 def _working(what: str) -> Iterator[None]:
     """Shows on a terminal that something goes on; standard output is for the answer."""
-    with Console(stderr=True).status(escape(what)):
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # How long it takes nobody knows: the bar moves, and the clock counts.
+        progress.add_task(escape(what), total=None)
         yield
 
 
@@ -257,6 +261,10 @@ def convert(
         Path,
         typer.Argument(help="Ends in .keras, .weights.h5, .onnx, .safetensors, .pt or .pth."),
     ],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="File of a model that takes the tensors of SOURCE, by their names."),
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option(help="keras or torch: names and axes of separable convolutions."),
@@ -279,6 +287,7 @@ def convert(
         names = run(
             source,
             target,
+            model=model,
             layout=layout,
             moving_averages=moving_averages,
             optimizer_slots=optimizer_slots,

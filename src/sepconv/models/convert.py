@@ -44,6 +44,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    model: str | os.PathLike[str] | None = None,
     layout: str | None = None,
     moving_averages: bool = False,
     optimizer_slots: bool = False,
@@ -53,11 +54,13 @@ def convert(
 
     A model becomes a model (`.keras`), its weights for Keras (`.weights.h5`), named tensors
     (`.safetensors`, `.pt`, `.pth`) or a model of ONNX (`.onnx`). Named tensors become named
-    tensors.
+    tensors, or with `model` the weights of a model.
 
     Args:
         source: What `sepconv.load` reads.
         target: The file to write; its folder must exist.
+        model: The file of a model whose weights the tensors of `source` are, by their names; see
+            `sepconv.models.keras_assign.assign`.
         layout: Names and axes of separable convolutions among tensors: `"keras"`, `"torch"`, or
             `None` for torch in files of torch, and as they are in others.
         moving_averages: Whether to take moving averages in place of the weights.
@@ -88,10 +91,16 @@ def convert(
         raise ValueError(f"`layout` is for files of tensors. Received: {layout!r} for {target}")
     if moving_averages and optimizer_slots:
         raise ValueError("`moving_averages` and `optimizer_slots` exclude each other")
-    model = load(source) if holds_model(source) else None
+    if model is not None and optimizer_slots:
+        raise ValueError("`optimizer_slots` are no weights of a `model`")
+    if model is not None:
+        net = _with_tensors(Path(model), source, moving_averages=moving_averages)
+        moving_averages = False
+    else:
+        net = load(source) if holds_model(source) else None
     if ending in _TENSOR_ENDINGS:
-        tensors = read_tensors(source) if model is None else tensors_of(model)
-        if optimizer_slots and model is not None:
+        tensors = read_tensors(source) if net is None else tensors_of(net)
+        if optimizer_slots and net is not None:
             tensors |= optimizer_tensors(source)
         if not optimizer_slots:
             tensors = chosen_tensors(tensors, moving_averages=moving_averages)
@@ -99,10 +108,10 @@ def convert(
         tensors = tensors if chosen is None else translated(tensors, chosen)
         write_tensors(target, tensors)
         return tuple(tensors)
-    if model is None:
+    if net is None:
         raise ValueError(
             f"{source}: holds tensors and no model, which {ending} needs. "
-            f"They can become {', '.join(_TENSOR_ENDINGS)}"
+            f"They can become {', '.join(_TENSOR_ENDINGS)}, or with `model` the weights of a model"
         )
     if moving_averages or optimizer_slots:
         raise ValueError(
@@ -112,11 +121,28 @@ def convert(
     if ending == ".onnx":
         from sepconv.models.onnx import export_onnx
 
-        export_onnx(model, target)
+        export_onnx(net, target)
     else:
         with replacing(target) as beside:
-            model.save(beside) if ending == ".keras" else model.save_weights(beside)
-    return tuple(variable.path for variable in model.weights)
+            net.save(beside) if ending == ".keras" else net.save_weights(beside)
+    return tuple(variable.path for variable in net.weights)
+
+
+def _with_tensors(path: Path, source: Path, *, moving_averages: bool) -> Any:
+    """The model of a file, with the tensors of another one as its weights."""
+    if not holds_model(path):
+        raise ValueError(f"`model` must be the file of a model. Received: {path}")
+    if holds_model(source):
+        raise ValueError(f"`model` is for files of tensors. Received: {source}, a model")
+    from sepconv.models.keras_assign import assign
+
+    model = load(path)
+    tensors = chosen_tensors(read_tensors(source), moving_averages=moving_averages)
+    try:
+        assign(model, translated(tensors, "keras"))
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit {path}: {error}") from error
+    return model
 
 
 def fuse_file(

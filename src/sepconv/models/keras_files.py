@@ -310,14 +310,15 @@ def _check_sizes(path: Path, config: Any, elements: int) -> None:
                     f"{path}: the layer {inner.get('name')!r:.80} is for arrays of {key}={shape}; "
                     f"{_MOST_NUMBERS} numbers are allowed"
                 )
-        sizes = [inner.get(key) for key in _SIZES]
-        kernel = inner.get("kernel_size")
+        sizes = [_product([inner.get(key)]) for key in _SIZES]
         if "filters" in inner or "depth_multiplier" in inner:
-            sizes.extend(kernel if isinstance(kernel, list) else [kernel])
-        if _product(sizes) > max(elements, 1):
+            kernel = inner.get("kernel_size")
+            sizes.append(_product(kernel if isinstance(kernel, list) else [kernel]))
+        # Of a separable convolution the kernels have some of these sizes each, not all.
+        if max(sizes) > max(elements, 1):
             raise ValueError(
-                f"{path}: the layer {inner.get('name')!r:.80} needs at least {_product(sizes)} "
-                f"weights, and the file has {elements}"
+                f"{path}: the layer {inner.get('name')!r:.80} needs at least {max(sizes)} weights, "
+                f"and the file has {elements}"
             )
 
 
