@@ -12,12 +12,10 @@ import argparse
 import re
 import subprocess
 import tempfile
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,19 +24,11 @@ from triton.compiler import ASTSource
 
 from sepconv.bench.rows import parse_row
 from sepconv.spec import Geometry
-from sepconv.triton import kernels, launch
+from sepconv.triton import kernels
+from sepconv.triton.recording import Launch, record
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OPTIONS = ("num_warps", "num_stages")
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel."""
-
-    kernel: str
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    grid: tuple[int, ...]
 
 
 class Code(NamedTuple):
@@ -49,52 +39,6 @@ class Code(NamedTuple):
     stack_bytes: int
     spill_bytes: int
     instructions: int
-
-
-@contextmanager
-def recorded():
-    """Launches made inside, in a list."""
-    launches: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            def record(*arguments, **constants):
-                launches.append(Launch(self.name, arguments, constants, grid))
-
-            return record
-
-    originals = {name: getattr(kernels, name) for name in kernels.__all__}
-    try:
-        for name in originals:
-            setattr(kernels, name, Recorder(name))
-        yield launches
-    finally:
-        for name, original in originals.items():
-            setattr(kernels, name, original)
-
-
-def record(g: Geometry, dtype: torch.dtype) -> list[Launch]:
-    """The launches of a forward and a backward pass with all gradients."""
-
-    def empty(shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    operands = [
-        empty(g.x_shape),
-        empty(g.depthwise_kernel_shape),
-        empty(g.pointwise_kernel_shape),
-        empty(g.depthwise_bias_shape) if g.has_depthwise_bias else None,
-        empty(g.bias_shape) if g.has_bias else None,
-    ]
-    gradients = [None if operand is None else empty(operand.shape) for operand in operands]
-    flat, y = np.array(g, np.int64), empty(g.y_shape)
-    with recorded() as launches:
-        launch.forward(flat, *operands, y)
-        launch.backward(flat, empty(g.y_shape), *operands, y, *gradients)
-    return launches
 
 
 def compiled(made: Launch, capability: int) -> Code:

@@ -57,6 +57,20 @@ ROOMS = {
     "triton/__init__.py": set(),
     "triton/kernels.py": {"triton"},
     "triton/tuning.py": {"sepconv.spec"},
+    "triton/ceilings.py": {"torch"},
+    "triton/recording.py": {
+        "torch",
+        "numpy",
+        "sepconv.spec",
+        "sepconv.triton.kernels",
+        "sepconv.triton.launch",
+    },
+    "triton/explanation.py": {
+        "torch",
+        "sepconv.spec",
+        "sepconv.triton.ceilings",
+        "sepconv.triton.recording",
+    },
     "triton/launch.py": {
         "torch",
         "numpy",
@@ -83,7 +97,13 @@ ROOMS = {
         "sepconv.keras",
         "sepconv.tf1.",
     },
-    "plans.py": {"sepconv.spec", "sepconv.backends", "sepconv._native", "sepconv.machine"},
+    "plans.py": {
+        "sepconv.spec",
+        "sepconv.backends",
+        "sepconv._native",
+        "sepconv.machine",
+        "sepconv.triton.explanation",
+    },
     "__init__.py": {
         "sepconv.spec",
         "sepconv.plans",
@@ -108,6 +128,7 @@ ROOMS = {
         "sepconv.machine",
         "sepconv.bench.",
         "sepconv.torch",
+        "sepconv.triton.ceilings",
     },
     "bench/engines/__init__.py": set(),
     "bench/pictures.py": {"matplotlib", "numpy", "sepconv.bench."},

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, overload
 
 from sepconv import backends
 from sepconv.spec import ConvSpec, Geometry
 
-__all__ = ["Explanation", "Work", "backward_work", "explain", "forward_work"]
+if TYPE_CHECKING:
+    from sepconv.triton.explanation import KernelPlan
+
+__all__ = ["Explanation", "GpuExplanation", "Work", "backward_work", "explain", "forward_work"]
 
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -142,28 +147,19 @@ class Explanation:
 
     def __str__(self) -> str:
         """Returns the explanation as lines of text."""
-        g = self.geometry
+        g, ceilings = self.geometry, (self.gflops, self.gigabytes_per_second)
         lines = [
             f"{g.batch} x {g.in_height}x{g.in_width}x{g.in_channels} -> "
             f"{g.out_height}x{g.out_width}x{g.out_channels}, kernel "
             f"{g.kernel_height}x{g.kernel_width}, {self.dtype}",
-            self._limit_line("forward", self.forward_work, self.forward_limit),
-            self._limit_line(
-                "gradients", self.backward_work, self.training_limit - self.forward_limit
-            ),
+            _limit_line("forward", self.forward_work, ceilings),
+            _limit_line("gradients", self.backward_work, ceilings),
         ]
         if self.why_not is not None:
             return "\n".join([*lines, f"no kernel of this library: {self.why_not}"])
         if not self.forward:
             return "\n".join([*lines, "nothing to compute: the output is empty"])
         return "\n".join([*lines, *self._forward_lines(), *self._backward_lines()])
-
-    def _limit_line(self, name: str, work: Work, limit: float) -> str:
-        arithmetic = work.flops / self.gflops >= work.bytes / self.gigabytes_per_second
-        return (
-            f"{name}: {work.flops / 1e6:.1f} MFLOP, {work.bytes / 1e6:.2f} MB, at least "
-            f"{limit * 1e6:.1f} us, bound by {'arithmetic' if arithmetic else 'memory'}"
-        )
 
     def _forward_lines(self) -> list[str]:
         plan = self.forward
@@ -211,8 +207,128 @@ class Explanation:
         )
 
 
+@dataclass(frozen=True)
+class GpuExplanation:
+    """How a call would run on a GPU; `print` shows it as text.
+
+    Attributes:
+        geometry: The call in integers.
+        dtype: Name of the element type.
+        why_not: `None` if kernels of this library run the call, else the reason.
+        forward: The kernels of the forward pass, in order; each has `name`, `programs`, `blocks`.
+            Empty if no kernel runs.
+        backward: The same for all gradients.
+        forward_work: Least arithmetic and bytes of the forward pass.
+        backward_work: Least arithmetic and bytes of the gradients.
+        ceilings: 10^9 operations and 10^9 bytes a second, `None` where nobody measured a GPU.
+    """
+
+    geometry: Geometry
+    dtype: str
+    why_not: str | None
+    forward: Sequence[KernelPlan]
+    backward: Sequence[KernelPlan]
+    forward_work: Work
+    backward_work: Work
+    ceilings: tuple[float, float] | None
+
+    @property
+    def forward_limit(self) -> float:
+        """Least time of the forward pass in seconds; NaN without ceilings."""
+        return self.forward_work.limit(*self.ceilings) if self.ceilings else math.nan
+
+    @property
+    def training_limit(self) -> float:
+        """Least time of a forward pass and all gradients in seconds; NaN without ceilings."""
+        if not self.ceilings:
+            return math.nan
+        return self.forward_limit + self.backward_work.limit(*self.ceilings)
+
+    def __str__(self) -> str:
+        """Returns the explanation as lines of text."""
+        g = self.geometry
+        lines = [
+            f"{g.batch} x {g.in_height}x{g.in_width}x{g.in_channels} -> "
+            f"{g.out_height}x{g.out_width}x{g.out_channels}, kernel "
+            f"{g.kernel_height}x{g.kernel_width}, {self.dtype}, on a GPU",
+            *(
+                _limit_line(name, work, self.ceilings)
+                for name, work in (
+                    ("forward", self.forward_work),
+                    ("gradients", self.backward_work),
+                )
+            ),
+        ]
+        if self.why_not is not None:
+            return "\n".join([*lines, f"no kernel of this library: {self.why_not}"])
+        if not self.forward:
+            return "\n".join([*lines, "nothing to compute: the output is empty"])
+        for name, plans, reason in (
+            ("forward", self.forward, self._forward_reason()),
+            ("gradients", self.backward, self._backward_reason()),
+        ):
+            lines += [f"{name}: {_count(len(plans), 'kernel')}; {reason}"]
+            lines += [f"  {plan}" for plan in plans]
+        return "\n".join(lines)
+
+    def _forward_reason(self) -> str:
+        if len(self.forward) == 1:
+            return "the depthwise output stays on the multiprocessor"
+        return (
+            f"the depthwise output is stored between them: with {self.geometry.out_channels} "
+            "filters, computing it once for each block of filters would take longer"
+        )
+
+    def _backward_reason(self) -> str:
+        if any(plan.name == "depthwise_kernel" for plan in self.backward):
+            return (
+                f"with {self.geometry.out_channels} filters, stages are stored between kernels, "
+                "for the sake of the matrix products"
+            )
+        return "the depthwise output is computed again and never stored"
+
+
+def _limit_line(name: str, work: Work, ceilings: tuple[float, float] | None) -> str:
+    amounts = f"{name}: {work.flops / 1e6:.1f} MFLOP, {work.bytes / 1e6:.2f} MB"
+    if ceilings is None:
+        return f"{amounts}; the ceilings of a GPU are not measured here"
+    arithmetic = work.flops / ceilings[0] >= work.bytes / ceilings[1]
+    bound = "arithmetic" if arithmetic else "memory"
+    return f"{amounts}, at least {work.limit(*ceilings) * 1e6:.1f} us, bound by {bound}"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+@overload
+def explain(  # type: ignore[overload-overlap]  # "cuda" is a str as well
+    spec: ConvSpec,
+    x_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    filters: int,
+    dtype: str = ...,
+    *,
+    depth_multiplier: int = ...,
+    use_bias: bool = ...,
+    device: Literal["cuda"],
+    ceilings: tuple[float, float] | None = ...,
+) -> GpuExplanation: ...
+
+
+@overload
+def explain(
+    spec: ConvSpec,
+    x_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    filters: int,
+    dtype: str = ...,
+    *,
+    depth_multiplier: int = ...,
+    use_bias: bool = ...,
+    device: str = ...,
+    ceilings: tuple[float, float] | None = ...,
+) -> Explanation: ...
 
 
 def explain(
@@ -225,7 +341,8 @@ def explain(
     depth_multiplier: int = 1,
     use_bias: bool = True,
     device: str = "cpu",
-) -> Explanation:
+    ceilings: tuple[float, float] | None = None,
+) -> Explanation | GpuExplanation:
     """Tells how a call would run here: which kernel, how it is cut into work, and its limit.
 
     The limit is the larger of arithmetic at the measured peak of the FMA units and compulsory
@@ -239,10 +356,13 @@ def explain(
         dtype: Name of the element type: float32, float64, bfloat16 or float16.
         depth_multiplier: Depthwise channels of each input channel.
         use_bias: Whether a bias is added at the end.
-        device: Kind of device that holds the data.
+        device: Kind of device that holds the data. `"cuda"` needs torch and triton, and no GPU:
+            without one, there is no limit unless `ceilings` are given.
+        ceilings: For a GPU, 10^9 operations of its matrix units and 10^9 bytes a second in place of
+            measured ones.
 
     Returns:
-        An `Explanation`.
+        An `Explanation`; for `"cuda"`, a `GpuExplanation`.
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown dtype.
@@ -254,8 +374,6 @@ def explain(
         >>> explanation.forward_work.flops
         387417576
     """
-    from sepconv import _native, machine
-
     _bytes_of(dtype)
     height, width = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
     x_shape = tuple(x_shape)
@@ -269,6 +387,10 @@ def explain(
         (filters,) if use_bias else None,
     )
     reason = backends.why_not(geometry, dtype, device)
+    if device == "cuda":
+        return _explain_on_gpu(geometry, dtype, reason, ceilings)
+    from sepconv import _native, machine
+
     forward, backward = (
         {} if reason else _native.plan(geometry, dtype, wanted) for wanted in (False, True)
     )
@@ -284,4 +406,26 @@ def explain(
         backward_work=backward_work(geometry, dtype),
         gflops=peak * forward.get("threads", 1),
         gigabytes_per_second=machine.memory_gigabytes_per_second(),
+    )
+
+
+def _explain_on_gpu(
+    geometry: Geometry, dtype: str, reason: str | None, ceilings: tuple[float, float] | None
+) -> GpuExplanation:
+    forward: Sequence[KernelPlan] = ()
+    backward: Sequence[KernelPlan] = ()
+    if reason is None:
+        from sepconv.triton.explanation import kernel_plans, measured_ceilings
+
+        forward, backward = kernel_plans(geometry, dtype)
+        ceilings = ceilings or measured_ceilings(dtype)
+    return GpuExplanation(
+        geometry=geometry,
+        dtype=dtype,
+        why_not=reason,
+        forward=forward,
+        backward=backward,
+        forward_work=forward_work(geometry, dtype),
+        backward_work=backward_work(geometry, dtype),
+        ceilings=ceilings,
     )

@@ -45,16 +45,22 @@ is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def are_plain(operands: Sequence[Tensor | None]) -> bool:
-    """Whether the tensors are memory with a shape and nothing else.
+    """Whether the tensors are memory of one device with a shape and nothing else.
 
-    That they are on the CPU and that the kernel takes their dtype is known from the plan.
+    That there is a kernel for the device of the first and for their dtype is known from the plan.
     """
+    first = operands[0]
+    assert first is not None
+    device = first.device
     for tensor in operands:
         if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor._is_zerotensor()
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.device != device
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
         ):
             return False
-    return not is_wrapped(operands[0])
+    return not is_wrapped(first)
 
 
 def any_requires_grad(operands: Sequence[Tensor | None]) -> bool:

@@ -30,6 +30,7 @@ from sepconv.bench.peaks import Peaks
 from sepconv.bench.problems import MODES
 from sepconv.bench.workers import RefusedError
 from sepconv.torch import SeparableConv2d
+from sepconv.triton.ceilings import ceilings
 
 __all__ = ["Gpu"]
 
@@ -124,23 +125,9 @@ class Gpu:
 
     def peaks(self, dtype: str) -> Peaks:
         """Measures both; see `Device`."""
-        size = 8192
-        kind = getattr(torch, dtype)
-        a = torch.randn(size, size, device=self.device, dtype=kind)
-        b = torch.randn(size, size, device=self.device, dtype=kind)
-        c = torch.empty_like(a)
-        matmul: Any = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        try:
-            # Our kernels and convolutions follow the switch of convolutions.
-            matmul.fp32_precision = "tf32" if _uses_tf32() else "ieee"
-            flops = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=c))
-        finally:
-            matmul.fp32_precision = before
-        source = torch.zeros(2**30, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        speed = 2 * source.numel() / _best_seconds(lambda: target.copy_(source))
-        return Peaks(flops / 1e9, speed / 1e9)
+        found = ceilings(dtype)
+        assert found is not None, "there is a GPU"
+        return Peaks(*found)
 
     # --------------------------------------------------------------------------------------- cases
 
@@ -343,21 +330,6 @@ class _Ready:
 
 def _uses_tf32() -> bool:
     return bool(_CUDNN.conv.fp32_precision == "tf32")
-
-
-def _best_seconds(call: Callable[[], object]) -> float:
-    for _ in range(3):
-        call()
-    found = []
-    for _ in range(10):
-        start = _CUDA.Event(enable_timing=True)
-        end = _CUDA.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e-3)
-    return min(found)
 
 
 def _pads(case: GpuCase) -> tuple[tuple[int, int], tuple[int, int]]:
