@@ -1,0 +1,93 @@
+"""`explain` for a GPU, without one; and what the other doors say of GPUs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sepconv import ConvSpec, backends, explain
+from sepconv.plans import backward_work, forward_work
+from sepconv.triton import tuning
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+SAME = ConvSpec(padding="same")
+
+
+def on_gpu(x_shape, filters, dtype="bfloat16", spec=SAME, **arguments):
+    return explain(spec, x_shape, 3, filters, dtype, device="cuda", **arguments)
+
+
+def test_few_filters_are_one_kernel_and_the_grid_covers_the_call():
+    plan = on_gpu((32, 112, 112, 32), 64)
+    (kernel,) = plan.forward
+    blocks = kernel.blocks
+    assert kernel.name == "forward_kernel"
+    assert kernel.programs * blocks["pixels"] * blocks["filters"] >= 32 * 112 * 112 * 64
+    assert {k.name for k in plan.backward} >= {"depthwise_gradients_kernel"}
+    assert "stays on the multiprocessor" in str(plan)
+    assert "never stored" in str(plan)
+
+
+def test_many_filters_are_separate_kernels_and_say_why():
+    assert tuning.forward_blocks(on_gpu((32, 19, 19, 728), 728).geometry, 2) is None
+    plan = on_gpu((32, 19, 19, 728), 728)
+    assert [k.name for k in plan.forward] == ["depthwise_kernel", "torch.addmm"]
+    assert "with 728 filters" in str(plan)
+    assert "torch.addmm, a matrix product of the library" in str(plan)
+    # In float32 the product is ours as well.
+    assert all(
+        not k.name.startswith("torch") for k in on_gpu((2, 19, 19, 728), 728, "float32").forward
+    )
+
+
+def test_limits_are_those_of_given_ceilings():
+    plan = on_gpu((32, 112, 112, 32), 64, ceilings=(800e3, 4000.0))
+    forward, backward = (work(plan.geometry, "bfloat16") for work in (forward_work, backward_work))
+    assert plan.forward_limit == forward.bytes / 4000e9
+    assert plan.training_limit == pytest.approx((forward.bytes + backward.bytes) / 4000e9)
+    assert "at least 19.3 us, bound by memory" in str(plan)
+    bound = on_gpu((32, 19, 19, 728), 728, ceilings=(800e3, 4000.0))
+    assert "bound by arithmetic" in str(bound)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose ceilings are measured")
+def test_without_a_gpu_there_is_no_limit():
+    plan = on_gpu((32, 112, 112, 32), 64)
+    assert plan.ceilings is None
+    assert math.isnan(plan.forward_limit)
+    assert math.isnan(plan.training_limit)
+    assert "the ceilings of a GPU are not measured here" in str(plan)
+
+
+def test_what_no_kernel_runs_says_why():
+    plan = on_gpu((1, 8, 8, 4), 5, "float64")
+    assert (
+        plan.why_not
+        == "the GPU kernel computes float32, bfloat16, float16, and the data is float64"
+    )
+    assert not plan.forward
+    assert "no kernel of this library: the GPU kernel computes" in str(plan)
+    taps = explain(SAME, (1, 32, 32, 4), 16, 5, device="cuda")
+    assert taps.why_not == "the GPU kernel has at most 225 taps, and this one 256"
+    empty = on_gpu((0, 8, 8, 4), 5)
+    assert "nothing to compute" in str(empty)
+
+
+@pytest.mark.parametrize("spec", [SAME, ConvSpec(data_format="channels_first", activation="gelu")])
+@pytest.mark.parametrize("filters", [3, 64, 300])
+def test_every_kind_of_call_is_explained(spec, filters):
+    shape = (2, 9, 8, 20) if spec.data_format == "channels_last" else (2, 20, 9, 8)
+    for dtype in ("float32", "bfloat16", "float16"):
+        plan = on_gpu(shape, filters, dtype, spec, depth_multiplier=2)
+        assert plan.forward
+        assert plan.backward
+        assert all(kernel.programs > 0 or kernel.name[:6] == "torch." for kernel in plan.backward)
+
+
+def test_jax_on_a_gpu_computes_by_itself_and_says_so():
+    geometry = on_gpu((1, 8, 8, 4), 5).geometry
+    reason = backends.why_not(geometry, "float32", "gpu")
+    assert reason == "the kernels of this library run on cpu, cuda, and the data is on 'gpu'"
