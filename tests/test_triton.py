@@ -66,8 +66,8 @@ def test_the_torch_door_on_a_gpu():
 # Bytes of shared memory that a program may use.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 MOST_REGISTERS = 255
-# Of each thread. The forward kernels with the largest tiles are over by some registers.
-MOST_SPILLED_BYTES = 256
+# Of each thread. Blocks are tuned for sm_90; one kernel is over by some registers on sm_80.
+MOST_SPILLED_BYTES = {80: 128, 90: 0}
 
 
 def variants() -> list[tuple[str, str, int, str, dict[str, str]]]:
@@ -100,8 +100,7 @@ def compiled_names(argument: tuple[int, tuple[str, str, int, str, dict[str, str]
         lines.append(f"{row} {dtype} {layout} sm_{capability} {made.kernel}: {code}")
         assert code.shared_bytes <= SHARED_BYTES[capability], lines[-1]
         assert 0 < code.registers <= MOST_REGISTERS, lines[-1]
-        most = MOST_SPILLED_BYTES if made.kernel == "forward_kernel" else 0
-        assert code.spill_bytes <= most, lines[-1]
+        assert code.spill_bytes <= MOST_SPILLED_BYTES[capability], lines[-1]
     assert lines
     return lines
 

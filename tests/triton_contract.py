@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from strategies import Arrays, Problem, problems
 
 from sepconv import ConvSpec, reference
-from sepconv.spec import ACTIVATIONS, Geometry
+from sepconv.spec import ACTIVATIONS
 from sepconv.triton import launch, tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,25 +49,36 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def take_wide_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages stored between kernels, as for layers with many filters."""
-    monkeypatch.setattr(tuning, "is_narrow", lambda *_: False)
-    monkeypatch.setattr(tuning, "forward_blocks", lambda *_: None)
-
-
 @pytest.fixture
-def small_device(monkeypatch):
-    """As on a device of one multiprocessor: blocks as large as they get, and few of them."""
-    monkeypatch.setattr(tuning, "FILL", 1)
-    forget_blocks()
-    yield
-    forget_blocks()
+def tuned(monkeypatch):
+    """`tuned(name=value)` puts other numbers or rules into the tuning, until the test ends."""
+
+    def put(**names: Any) -> None:
+        for name, value in names.items():
+            monkeypatch.setattr(tuning, name, value)
+        forget_plans()
+
+    yield put
+    monkeypatch.undo()
+    forget_plans()
 
 
-def forget_blocks() -> None:
-    for function in vars(tuning).values():
+def forget_plans() -> None:
+    for function in (*vars(tuning).values(), *vars(launch).values()):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+
+
+# Stages are stored between kernels, as for layers with many filters.
+WIDE_PATH = {"is_narrow": lambda *_: False, "forward_blocks": lambda *_: None}
+
+
+def rules_of(path: str) -> dict[str, Any]:
+    return WIDE_PATH if path == "wide" else {}
+
+
+# As on a device of one multiprocessor: blocks as large as they get, and few of them.
+SMALL_DEVICE = {"FUSED_WARPS": 8, "DEPTHWISE_WARPS": 16, "GRADIENT_WARPS": 32, "MATRIX_PROGRAMS": 2}
 
 
 class Guarded:
@@ -262,9 +273,8 @@ def option_cases():
 
 
 @pytest.mark.parametrize(("option", "layout", "path", "dtype"), shard(option_cases()))
-def test_options(option, layout, path, dtype, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_options(option, layout, path, dtype, tuned):
+    tuned(**rules_of(path))
     check(laid_out(OPTIONS[option], layout), dtype)
 
 
@@ -277,16 +287,14 @@ def activation_cases():
 @pytest.mark.parametrize(
     ("stage", "name", "dtype", "path", "pass_output"), shard(activation_cases())
 )
-def test_activations(stage, name, dtype, path, pass_output, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_activations(stage, name, dtype, path, pass_output, tuned):
+    tuned(**rules_of(path))
     check(of(biases=(True, True), **{stage: name}), dtype, pass_output)
 
 
 @pytest.mark.parametrize("path", shard(PATHS))
-def test_all_activations_at_once(path, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_all_activations_at_once(path, tuned):
+    tuned(**rules_of(path))
     names = {"input_activation": "gelu", "depthwise_activation": "elu", "activation": "hard_silu"}
     for dtype, layout in zip(DTYPES, (*LAYOUTS, LAYOUTS[0]), strict=True):
         check(laid_out(of(biases=(True, True), strides=(2, 1), **names), layout), dtype)
@@ -342,28 +350,16 @@ def size_cases():
 
 
 @pytest.mark.parametrize(("size", "layout", "path", "dtype"), shard(size_cases()))
-def test_sizes_around_those_of_blocks(size, layout, path, dtype, monkeypatch, small_device):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_sizes_around_those_of_blocks(size, layout, path, dtype, tuned):
+    tuned(**rules_of(path), **SMALL_DEVICE)
     check(laid_out(SIZES[size], layout), dtype)
 
 
 @pytest.mark.parametrize(("layout", "path"), shard(itertools.product(LAYOUTS, PATHS)))
-def test_addresses_of_64_bits(layout, path, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_addresses_of_64_bits(layout, path, tuned, monkeypatch):
     monkeypatch.setattr(launch, "_is_wide", lambda *_: True)
-    launch._constants.cache_clear()
-    problem = laid_out(of(strides=(2, 1), multiplier=2, activation="relu"), layout)
-    try:
-        if INTERPRETED:  # Where a number of a loop is one of Python, which has no bits.
-            found = Call(problem, "float32").forward()
-            true, _, bound, _ = expected(problem, "float32")
-            goldens.assert_within(float64(found), true, bound, "y")
-        else:
-            check(problem, "float32")
-    finally:
-        launch._constants.cache_clear()
+    tuned(**rules_of(path))
+    check(laid_out(of(strides=(2, 1), multiplier=2, activation="relu"), layout), "float32")
 
 
 def test_addresses_are_wide_where_sizes_are():
@@ -387,32 +383,21 @@ SUBSETS = of(
 
 
 @pytest.mark.parametrize("path", shard(PATHS))
-def test_any_subset_of_gradients(path, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_any_subset_of_gradients(path, tuned):
+    tuned(**rules_of(path))
     call = Call(SUBSETS, "float32")
     y = call.forward()
     # None, each alone, pairs, and each left out.
     for size in (0, 1, 2, 4):
         for wanted in itertools.combinations(range(5), size):
-            if path == "wide" and 3 in wanted and 0 not in wanted and 1 not in wanted:
-                continue  # Below.
             gradients = call.backward(y, wanted)
             assert [i for i, gradient in enumerate(gradients) if gradient is not None] == [*wanted]
             check_gradients(SUBSETS, "float32", gradients)
 
 
-@pytest.mark.xfail(reason="a kernel is launched that has nothing to compute")
-def test_the_gradient_of_the_depthwise_bias_alone_on_the_wide_path(monkeypatch):
-    take_wide_path(monkeypatch)
-    call = Call(SUBSETS, "float32")
-    check_gradients(SUBSETS, "float32", call.backward(call.forward(), (3,)))
-
-
 @pytest.mark.parametrize("path", shard(PATHS))
-def test_nothing_to_compute(path, monkeypatch):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_nothing_to_compute(path, tuned):
+    tuned(**rules_of(path))
     for problem in (
         of(batch=0, biases=(True, True)),
         of(size=(2, 2), padding="valid", biases=(True, True)),  # No output pixels.
@@ -424,9 +409,8 @@ def test_nothing_to_compute(path, monkeypatch):
 
 
 @pytest.mark.parametrize(("path", "dtype"), shard(itertools.product(PATHS, DTYPES)))
-def test_results_are_the_same_to_the_bit(path, dtype, monkeypatch, small_device):
-    if path == "wide":
-        take_wide_path(monkeypatch)
+def test_results_are_the_same_to_the_bit(path, dtype, tuned):
+    tuned(**rules_of(path), **SMALL_DEVICE)
     problem = replace(SIZES["slabs"], use_depthwise_bias=True)
     first, second = (Call(problem, dtype, guard) for guard in GUARDS)
     y, again = first.forward(), second.forward()
@@ -442,21 +426,25 @@ RANDOM_EXAMPLES = 20 if INTERPRETED else 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_problem(dtype, monkeypatch):
+def test_any_problem(dtype):
     @settings(
         max_examples=RANDOM_EXAMPLES,
         deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        suppress_health_check=[HealthCheck.too_slow],
         derandomize=SHARDS == 1,
     )
     @given(problem=problems(), pass_output=st.booleans(), path=st.sampled_from(PATHS))
     def agrees(problem, pass_output, path):
-        with monkeypatch.context() as here:
-            if path == "wide":
-                take_wide_path(here)
+        with pytest.MonkeyPatch.context() as here:
+            for name, rule in rules_of(path).items():
+                here.setattr(tuning, name, rule)
+            forget_plans()
             check(problem, dtype, pass_output)
 
-    agrees()
+    try:
+        agrees()
+    finally:
+        forget_plans()
 
 
 # --------------------------------------------------------------------------------------- large ones
@@ -508,7 +496,3 @@ def test_more_elements_than_32_bits_count(layout):
     launch.backward(np.array(g, np.int64), dys, many, *weights, ys, dxs, *nothing)
     launch.backward(alone.flat, alone.dy, x, *weights, y, dx, *nothing)
     assert torch.equal(dxs[-1], dx[0])
-
-
-def test_geometry_names_are_those_of_the_plan():
-    assert set(launch._SIZES) < set(Geometry._fields)

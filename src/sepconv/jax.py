@@ -182,6 +182,11 @@ def _refusal(geometry: Geometry, dtype: np.dtype[Any], platform: str) -> str | N
         return f"the batch size is symbolic, {geometry.batch}"
     if _REGISTRATION_FAULT is not None:
         return _REGISTRATION_FAULT
+    if platform in ("gpu", "cuda", "rocm"):
+        return (
+            "on a GPU, JAX computes its own two convolutions: the GPU kernels of this library take "
+            f"tensors of torch, and the data is on {platform!r}"
+        )
     return backends.why_not(geometry, dtype.name, platform)
 
 

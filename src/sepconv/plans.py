@@ -280,12 +280,15 @@ class GpuExplanation:
         )
 
     def _backward_reason(self) -> str:
-        if any(plan.name == "depthwise_kernel" for plan in self.backward):
+        if any(plan.name == "narrow_gradients_kernel" for plan in self.backward):
             return (
-                f"with {self.geometry.out_channels} filters, stages are stored between kernels, "
-                "for the sake of the matrix products"
+                "the depthwise output is computed again, and one kernel has all sums of the "
+                "pointwise stage"
             )
-        return "the depthwise output is computed again and never stored"
+        return (
+            f"the depthwise output is computed again; with {self.geometry.out_channels} filters, "
+            "matrix products of their own are faster than sums that stay on the multiprocessors"
+        )
 
 
 def _limit_line(name: str, work: Work, ceilings: tuple[float, float] | None) -> str:
