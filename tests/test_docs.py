@@ -21,6 +21,7 @@ PAGES = {
     "docs/files.md": "jax",
     "docs/migration-keras-2.md": "torch",
     "docs/migration-torch.md": None,
+    "docs/gpu.md": None,
 }
 # Of a file that is not there, and of layers of another page.
 NOT_RUN = {"README.md": ("model_of_2019.h5", "tf.variable_scope")}

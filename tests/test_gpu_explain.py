@@ -101,8 +101,3 @@ def test_jax_on_a_gpu_computes_by_itself_and_says_so(monkeypatch):
         "on a GPU, JAX computes its own two convolutions: the GPU kernels of this library take "
         "tensors of torch, and the data is on 'gpu'"
     )
-
-
-def test_the_doctor_names_the_gpu_kernels():
-    fault = doctor.examine().gpu_fault
-    assert fault is None if torch.cuda.is_available() else fault == "torch sees no GPU"

@@ -44,7 +44,6 @@ def health_tables(health: Health) -> list[Table]:
         ("sepconv", health.version),
         ("CPU", health.cpu),
         ("native kernel", health.native_fault or "loaded"),
-        ("GPU kernels", health.gpu_fault or "run, called from torch"),
         ("instruction set", f"{health.target} of {', '.join(health.targets)}"),
         ("threads", f"{health.threads} of {health.usable_cpus} CPUs"),
         *health.packages.items(),
