@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sepconv import ConvSpec, backends, doctor, explain
+from sepconv import ConvSpec, backends, explain
 from sepconv.plans import backward_work, forward_work
 from sepconv.triton import tuning
 
