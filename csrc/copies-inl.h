@@ -143,6 +143,65 @@ void RoundRows(T* data, int64_t rows, int64_t count, int64_t stride) {
   }
 }
 
+#if defined(SEPCONV_SIMD_AVX512)
+// The least magnitude above zero, as bits less one; zero itself becomes the greatest.
+SEPCONV_INLINE Bits16 LeastOf(Bits16 least, Bits16 stored) {
+  const Bits16 magnitude = (stored & uint16_t{0x7fff}) - uint16_t{1};
+  return Select(magnitude < least, magnitude, least);
+}
+SEPCONV_INLINE uint16_t LeastLane(Bits16 least) {
+  uint16_t result = 0xffff;
+  for (int i = 0; i < kLanes<float>; ++i)
+    result = std::min(result, static_cast<uint16_t>(least[i]));
+  return result;
+}
+SEPCONV_INLINE Bits16 LoadBits(const BFloat16* from, int count) {
+  Bits16 bits = {};
+  std::memcpy(&bits, from, static_cast<size_t>(count) * sizeof(BFloat16));
+  return bits;
+}
+
+// See PairKernels.
+inline uint16_t PackPairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
+                          int64_t width, float* to) {
+  constexpr int kL = kLanes<float>;
+  Bits16 least = Bits16{} - uint16_t{1};
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < width; c += kL) {
+      const int lanes = static_cast<int>(std::clamp<int64_t>(count - c, 0, kL));
+      const BFloat16* at = from + r * stride + c;
+      // A whole vector is one load; memcpy of a variable length would be a call.
+      const Bits16 even = lanes == kL ? LoadBits(at, kL) : LoadBits(at, lanes);
+      Bits16 odd = {};
+      if (r + 1 < rows)
+        odd = lanes == kL ? LoadBits(at + stride, kL) : LoadBits(at + stride, lanes);
+      least = LeastOf(LeastOf(least, even), odd);
+      const Bits32 pairs =
+          __builtin_convertvector(even, Bits32) | (__builtin_convertvector(odd, Bits32) << 16);
+      Store(to + r / 2 * width + c, reinterpret_cast<Vec<float>>(pairs));
+    }
+  }
+  return LeastLane(least);
+}
+
+inline uint16_t NarrowToPairs(const float* from, int64_t stride, int64_t rows, int64_t count,
+                              float* to, int64_t to_stride) {
+  constexpr int kL = kLanes<float>;
+  Bits16 least = Bits16{} - uint16_t{1};
+  for (int64_t r = 0; r < rows; ++r) {
+    BFloat16* out = reinterpret_cast<BFloat16*>(to + r * to_stride);
+    for (int64_t c = 0; c < count; c += kL) {
+      const int lanes = static_cast<int>(std::min<int64_t>(count - c, kL));
+      const float* at = from + r * stride + c;
+      const Bits16 bits = NarrowLanes<BFloat16>(lanes == kL ? Load(at) : LoadFirst(at, lanes));
+      least = LeastOf(least, bits);
+      *reinterpret_cast<UnalignedBits16*>(out + c) = bits;
+    }
+  }
+  return LeastLane(least);
+}
+#endif
+
 template <typename S>
 constexpr RowCopies<S> MakeCopies() {
   return {LoadRows<S>, LoadRowsTransposed<S>, StoreRows<S>, StoreRowsTransposed<S>, RoundRows<S>};

@@ -3,6 +3,7 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -34,7 +35,9 @@ class ForwardLoop {
  public:
   using T = ComputeType<S>;
 
-  ForwardLoop(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient)
+  // `may_pair`: to multiply pairs of bfloat16 at once, where the target can.
+  ForwardLoop(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient,
+              bool may_pair)
       : p_(g, args.x, args.depthwise_bias),
         weights_(p_, args.depthwise_kernel, args.depthwise_bias, args.bias),
         pointwise_(static_cast<const S*>(args.pointwise_kernel)),
@@ -42,7 +45,9 @@ class ForwardLoop {
         gradient_(gradient),
         columns_(p_.kernels.columns),
         panels_(p_.filters, p_.kernels),
-        threads_(ThreadsFor(p_.macs())) {
+        threads_(ThreadsFor(p_.macs())),
+        pairs_(std::is_same_v<S, BFloat16> && may_pair && !gradient.dz ? p_.target.pairs : nullptr),
+        depth_(pairs_ ? CeilDiv(p_.depth, 2) : p_.depth) {
     // Packing reads and writes the weights once; with few pixels that costs more than reading them
     // in place. A last panel that ends inside a vector is packed all the same, because the
     // micro-kernel reads whole vectors.
@@ -52,6 +57,7 @@ class ForwardLoop {
                                                              : panels_.count() - 1;
 
     depth_stride_ = p_.TileStride(p_.depth);
+    pair_stride_ = p_.TileStride(depth_);
     tile_pixels_ = TilePixels(p_);
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
@@ -97,52 +103,54 @@ class ForwardLoop {
             {"panels_packed_in_time", packs_in_time_ ? packed : 0},
             {"input_in_place", p_.rows_in_place},
             {"strip_channels", strip_},
-            {"output_in_place", direct_y_}};
+            {"output_in_place", direct_y_},
+            {"dot_of_pairs", pairs_ != nullptr}};
   }
 
-  void Run() {
-    Layout64 shared;
-    const int64_t packed_at = shared.Add(
-        packs_two_ ? 0 : (panels_.packed_columns() - panels_.begin(first_packed_)) * p_.depth,
-        sizeof(T));
-    Layout64 own;
-    const int64_t two_panels_at = own.Add(packs_two_ ? 2 * p_.depth * columns_ : 0, sizeof(T));
-    const int64_t tile_at = own.Add(tile_pixels_ * depth_stride_, sizeof(T));
-    const int64_t panel_at = own.Add(direct_y_ ? 0 : tile_pixels_ * columns_, sizeof(T));
-    const int64_t gradient_at = own.Add(gradient_.dz ? tile_pixels_ * columns_ : 0, sizeof(T));
-    const int64_t staged_at =
-        own.Add(InputRows<S>::StagedElements(p_, staged_columns_, strip_), sizeof(T));
-    const int64_t staged_row_at = own.Add(InputRows<S>::NumSlots(p_), sizeof(int64_t));
-    const int64_t rows_at = own.Add(p_.g.kernel_height, sizeof(SourceRow<T>));
-    const int64_t taps_at = own.Add(p_.g.kernel_height * p_.g.kernel_width, sizeof(Tap<T>));
-    const Buffer buffer(shared.bytes() + threads_ * own.bytes());
-    char* memory = buffer.As<char>();
-    packed_ = reinterpret_cast<T*>(memory + packed_at);
+  bool uses_pairs() const { return pairs_ != nullptr; }
 
+  int64_t ScratchBytes() const {
+    const Layout layout(*this);
+    return layout.shared.bytes() + threads_ * layout.own.bytes();
+  }
+
+  // False if the pairs have lost what floats keep, and the call must run again without them. That
+  // depends on the numbers alone, not on the threads.
+  bool Run(char* memory) {
+    const Layout layout(*this);
+    packed_ = reinterpret_cast<T*>(memory + layout.packed_at);
+    least_weight_ = least_value_ = 0xffff;
     if (!packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
         const int64_t k = task * kTransposeBlock;
-        PackPanels<S>(p_.copies, pointwise_, p_.depth, p_.filters, k,
-                      std::min(p_.depth, k + kTransposeBlock), panels_, first_packed_, packed_);
+        const int64_t k_end = std::min(p_.depth, k + kTransposeBlock);
+        if (pairs_) {
+          for (int64_t panel = 0; panel < panels_.count(); ++panel)
+            PackPairs(panel, k, k_end, packed_);
+        } else {
+          PackPanels<S>(p_.copies, pointwise_, p_.depth, p_.filters, k, k_end, panels_,
+                        first_packed_, packed_);
+        }
       });
     }
     const auto memory_of = [&](int64_t worker) {
-      return memory + shared.bytes() + worker * own.bytes();
+      return memory + layout.shared.bytes() + worker * layout.own.bytes();
     };
     for (int64_t worker = 0; keeps_rows_ && worker < threads_; ++worker) {
-      auto* staged_row = reinterpret_cast<int64_t*>(memory_of(worker) + staged_row_at);
+      auto* staged_row = reinterpret_cast<int64_t*>(memory_of(worker) + layout.staged_row_at);
       InputRows<S>(p_, nullptr, staged_row).Forget();
     }
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
       char* mine = memory_of(worker);
-      const Scratch scratch = {reinterpret_cast<T*>(mine + two_panels_at),
-                               reinterpret_cast<T*>(mine + tile_at),
-                               reinterpret_cast<T*>(mine + panel_at),
-                               reinterpret_cast<T*>(mine + gradient_at),
-                               reinterpret_cast<T*>(mine + staged_at),
-                               reinterpret_cast<int64_t*>(mine + staged_row_at),
-                               reinterpret_cast<SourceRow<T>*>(mine + rows_at),
-                               reinterpret_cast<Tap<T>*>(mine + taps_at)};
+      const Scratch scratch = {reinterpret_cast<T*>(mine + layout.two_panels_at),
+                               reinterpret_cast<T*>(mine + layout.tile_at),
+                               reinterpret_cast<T*>(mine + layout.pair_tile_at),
+                               reinterpret_cast<T*>(mine + layout.panel_at),
+                               reinterpret_cast<T*>(mine + layout.gradient_at),
+                               reinterpret_cast<T*>(mine + layout.staged_at),
+                               reinterpret_cast<int64_t*>(mine + layout.staged_row_at),
+                               reinterpret_cast<SourceRow<T>*>(mine + layout.rows_at),
+                               reinterpret_cast<Tap<T>*>(mine + layout.taps_at)};
       const int64_t tile = task / parts_, part = task % parts_;
       const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
       DepthwiseTile(begin, end, scratch);
@@ -151,6 +159,7 @@ class ForwardLoop {
       PointwiseTile(begin, end, panels_.count() * part / parts_,
                     panels_.count() * (part + 1) / parts_, fetch, scratch);
     });
+    return !pairs_ || !MayFlush(least_value_, least_weight_);
   }
 
  private:
@@ -180,9 +189,34 @@ class ForwardLoop {
             std::max<int64_t>(0, last - first) * row_bytes};
   }
 
+  // Where things are in the scratch memory: of all threads, and of each.
+  struct Layout {
+    explicit Layout(const ForwardLoop& loop) {
+      const Problem<S>& p = loop.p_;
+      const Panels& panels = loop.panels_;
+      const int64_t tile = loop.tile_pixels_, columns = loop.columns_;
+      const int64_t packed = panels.packed_columns() - panels.begin(loop.first_packed_);
+      packed_at = shared.Add(loop.packs_two_ ? 0 : packed * loop.depth_, sizeof(T));
+      two_panels_at = own.Add(loop.packs_two_ ? 2 * loop.depth_ * columns : 0, sizeof(T));
+      tile_at = own.Add(tile * loop.depth_stride_, sizeof(T));
+      pair_tile_at = own.Add(loop.pairs_ ? tile * loop.pair_stride_ : 0, sizeof(T));
+      panel_at = own.Add(loop.direct_y_ ? 0 : tile * columns, sizeof(T));
+      gradient_at = own.Add(loop.gradient_.dz ? tile * columns : 0, sizeof(T));
+      staged_at =
+          own.Add(InputRows<S>::StagedElements(p, loop.staged_columns_, loop.strip_), sizeof(T));
+      staged_row_at = own.Add(InputRows<S>::NumSlots(p), sizeof(int64_t));
+      rows_at = own.Add(p.g.kernel_height, sizeof(SourceRow<T>));
+      taps_at = own.Add(p.g.kernel_height * p.g.kernel_width, sizeof(Tap<T>));
+    }
+    Layout64 shared, own;
+    int64_t packed_at, two_panels_at, tile_at, pair_tile_at, panel_at, gradient_at, staged_at,
+        staged_row_at, rows_at, taps_at;
+  };
+
   struct Scratch {
     T* two_panels;  // [depth][panel column] each: the one in use, and the next
     T* tile;        // [pixel][depth]: the depthwise output
+    T* pair_tile;   // the same in pairs of bfloat16
     T* panel;       // [pixel][panel column]: output before it is narrowed or transposed
     T* gradient;    // [pixel][panel column]
     T* staged;
@@ -200,7 +234,7 @@ class ForwardLoop {
     return std::clamp(fit, std::min(2 * p_.kernels.lanes, p_.depth), p_.depth);
   }
 
-  void DepthwiseTile(int64_t begin, int64_t end, const Scratch& scratch) const {
+  void DepthwiseTile(int64_t begin, int64_t end, const Scratch& scratch) {
     const Geometry& g = p_.g;
     InputRows<S> input(p_, scratch.staged, scratch.staged_row);
     // A tile inside one row stages only the columns that it reads.
@@ -238,22 +272,48 @@ class ForwardLoop {
       p_.kernels.activate(p_.depthwise_activation(), scratch.tile, end - begin, p_.depth,
                           depth_stride_);
     }
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (pairs_) {
+        Lower(least_value_, pairs_->narrow(scratch.tile, depth_stride_, end - begin, p_.depth,
+                                           scratch.pair_tile, pair_stride_));
+        return;
+      }
+    }
     RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
   }
 
+  static void Lower(std::atomic<uint16_t>& least, uint16_t value) {
+    uint16_t before = least.load(std::memory_order_relaxed);
+    while (value < before &&
+           !least.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
+    }
+  }
+
+  // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
+  void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      const int64_t column = panels_.begin(panel), width = panels_.width(panel);
+      Lower(least_weight_, pairs_->pack(pointwise_ + k_begin * p_.filters + column, p_.filters,
+                                        k_end - k_begin, panels_.columns(panel), width,
+                                        to + column * depth_ + k_begin / 2 * width));
+    }
+  }
+
   T* PackedPanel(int64_t panel, const Scratch& scratch) const {
-    return packs_two_ ? scratch.two_panels + panel % 2 * p_.depth * columns_
-                      : packed_ + (panels_.begin(panel) - panels_.begin(first_packed_)) * p_.depth;
+    return packs_two_ ? scratch.two_panels + panel % 2 * depth_ * columns_
+                      : packed_ + (panels_.begin(panel) - panels_.begin(first_packed_)) * depth_;
   }
 
   void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
-                     Stretch fetch, const Scratch& scratch) const {
+                     Stretch fetch, const Scratch& scratch) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     // relu and relu6 are clamps, which the micro-kernel applies to its registers.
     const Activation activation = gradient_.dz ? Activation::kLinear : p_.activation();
     const bool clamps = activation == Activation::kRelu || activation == Activation::kRelu6;
     const T low = clamps ? 0 : -kInfinity, high = activation == Activation::kRelu6 ? 6 : kInfinity;
     const int64_t pixels = end - begin;
+    const T* a = pairs_ ? scratch.pair_tile : scratch.tile;
+    const int64_t a_stride = pairs_ ? pair_stride_ : depth_stride_;
     const bool packs_now = packs_in_time_ && begin == 0;
     bool packed_before = false;
     // Each panel fetches its share.
@@ -266,7 +326,9 @@ class ForwardLoop {
       T* ahead_to = nullptr;
       if (panel >= first_packed_) b = PackedPanel(panel, scratch);
       if (packs_now) {
-        if (!packed_before) {
+        if (pairs_) {
+          PackPairs(panel, 0, p_.depth, PackedPanel(panel, scratch) - column * depth_);
+        } else if (!packed_before) {
           p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
                          PackedPanel(panel, scratch), b_stride);
         }
@@ -289,35 +351,31 @@ class ForwardLoop {
           out_stride = p_.filters;
         }
       }
-      GemmArgs<T> gemm{pixels,
-                       p_.depth,
-                       count,
-                       scratch.tile,
-                       depth_stride_,
-                       1,
-                       b,
-                       b_stride,
-                       out,
-                       out_stride,
-                       p_.bias ? p_.bias + column : nullptr,
-                       low,
-                       high,
-                       false};
+      const T* bias = p_.bias ? p_.bias + column : nullptr;
+      GemmArgs<T> gemm{pixels,   depth_, count,      a,    a_stride, 1,    b,
+                       b_stride, out,    out_stride, bias, low,      high, false};
       if (ahead) {
+        // A row of pairs reaches from the beginning of one row to the end of the next.
+        const int64_t stride = p_.filters * static_cast<int64_t>(sizeof(S));
         gemm.ahead = reinterpret_cast<const char*>(ahead);
-        gemm.ahead_stride = p_.filters * static_cast<int64_t>(sizeof(S));
-        gemm.ahead_row_bytes = panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S));
+        gemm.ahead_stride = pairs_ ? 2 * stride : stride;
+        gemm.ahead_row_bytes =
+            panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) + (pairs_ ? stride : 0);
         gemm.ahead_to = ahead_to;
       }
       if (panel + 1 < panel_end && panel >= first_packed_ && !packs_now &&
-          p_.depth * p_.filters * static_cast<int64_t>(sizeof(T)) > kFetchWeightBytes) {
+          depth_ * p_.filters * static_cast<int64_t>(sizeof(T)) > kFetchWeightBytes) {
         gemm.ahead = reinterpret_cast<const char*>(PackedPanel(panel + 1, scratch));
         gemm.ahead_stride = panels_.width(panel + 1) * static_cast<int64_t>(sizeof(T));
         gemm.ahead_row_bytes = gemm.ahead_stride;
       }
       gemm.fetch = fetch.data;
       gemm.fetch_bytes = std::min(share, fetch.bytes);
-      p_.kernels.gemm(gemm);
+      if constexpr (std::is_same_v<S, BFloat16>) {
+        (pairs_ ? pairs_->gemm : p_.kernels.gemm)(gemm);
+      } else {
+        p_.kernels.gemm(gemm);
+      }
       fetch.data += gemm.fetch_bytes;
       fetch.bytes -= gemm.fetch_bytes;
       if (activation != Activation::kLinear && !clamps) {
@@ -346,8 +404,11 @@ class ForwardLoop {
   int64_t columns_;
   Panels panels_;
   int64_t threads_;
-  int64_t first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1, depth_stride_ = 0,
-          staged_columns_ = 0, strip_ = 0;
+  const PairKernels* pairs_;  // null: the pointwise stage runs on elements of the compute type
+  int64_t depth_;             // of the pointwise stage, in elements or pairs
+  std::atomic<uint16_t> least_value_{0xffff}, least_weight_{0xffff};  // see PairKernels
+  int64_t pair_stride_ = 0, first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1,
+          depth_stride_ = 0, staged_columns_ = 0, strip_ = 0;
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
   // packs_in_time_: the first tile packs each panel just before it uses it; packs_two_: there is no
   // other tile, and a panel's memory serves again.
@@ -359,7 +420,17 @@ class ForwardLoop {
 
 template <typename S>
 void RunForward(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient) {
-  if (g.pixels() > 0) ForwardLoop<S>(g, args, gradient).Run();
+  if (g.pixels() == 0) return;
+  ForwardLoop<S> loop(g, args, gradient, true);
+  if (!loop.uses_pairs()) {
+    const Buffer buffer(loop.ScratchBytes());
+    loop.Run(buffer.As<char>());
+    return;
+  }
+  // Memory for both ways beforehand, because nothing may be written where there is not enough.
+  ForwardLoop<S> without_pairs(g, args, gradient, false);
+  const Buffer buffer(std::max(loop.ScratchBytes(), without_pairs.ScratchBytes()));
+  if (!loop.Run(buffer.As<char>())) without_pairs.Run(buffer.As<char>());
 }
 template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<float>&);
 template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<double>&);
@@ -384,13 +455,13 @@ Plan PlanForward(const Geometry& geometry, DType dtype) {
   if (geometry.pixels() == 0) return {};
   switch (dtype) {
     case DType::kFloat32:
-      return ForwardLoop<float>(geometry, {}, {}).plan();
+      return ForwardLoop<float>(geometry, {}, {}, true).plan();
     case DType::kFloat64:
-      return ForwardLoop<double>(geometry, {}, {}).plan();
+      return ForwardLoop<double>(geometry, {}, {}, true).plan();
     case DType::kBFloat16:
-      return ForwardLoop<BFloat16>(geometry, {}, {}).plan();
+      return ForwardLoop<BFloat16>(geometry, {}, {}, true).plan();
     case DType::kFloat16:
-      return ForwardLoop<Float16>(geometry, {}, {}).plan();
+      return ForwardLoop<Float16>(geometry, {}, {}, true).plan();
   }
   return {};
 }

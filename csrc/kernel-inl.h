@@ -19,7 +19,8 @@ SEPCONV_INLINE void Advance(const T*& pointer, int64_t count) {
 }
 
 // One step of the depth: kRows broadcasts times kVectors loads, all products into the accumulators.
-template <typename T, int kRows, int kVectors, bool kUnitRows>
+// kPairs: the elements of A and B are not floats, but pairs of bfloat16 neighbours in depth.
+template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
 SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
                               const T* const (&base)[kBases<kRows, kUnitRows>], int64_t row_stride,
                               int64_t depth_offset, const T* b) {
@@ -31,7 +32,13 @@ SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
     const T* row = kUnitRows ? base[0] + r : base[kUnitRows ? 0 : r / 3] + (r % 3) * row_stride;
     const Vec<T> x = Set(row[depth_offset]);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) MultiplyAdd(sum[r][v], x, column[v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kPairs) {
+        AddDotOfPairs(sum[r][v], x, column[v]);
+      } else {
+        MultiplyAdd(sum[r][v], x, column[v]);
+      }
+    }
   }
 }
 
@@ -48,7 +55,7 @@ SEPCONV_INLINE void CopyRow(const char* from, T* to) {
 
 // The sums of a register tile over the whole depth. A loop for each thing done beside, because
 // there are no issue slots to spare.
-template <typename T, int kRows, int kVectors, bool kUnitRows, Beside kBeside>
+template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs, Beside kBeside>
 SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahead, T* ahead_to,
                               Vec<T> (&sum)[kRows][kVectors]) {
   const int64_t row_stride = kUnitRows ? 1 : g.a_row_stride;
@@ -86,8 +93,8 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
     }
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride,
-                                               kUnitRows ? 0 : step * depth_stride, b);
+      MicroStep<T, kRows, kVectors, kUnitRows, kPairs>(sum, base, row_stride,
+                                                       kUnitRows ? 0 : step * depth_stride, b);
       b += b_stride;
       if constexpr (kUnitRows) Advance(base[0], depth_stride);
     }
@@ -97,7 +104,7 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
     }
   }
   for (; k < g.depth; ++k) {
-    MicroStep<T, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
+    MicroStep<T, kRows, kVectors, kUnitRows, kPairs>(sum, base, row_stride, 0, b);
     b += b_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += depth_stride;
@@ -106,7 +113,7 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
 
 // One register tile. kRows x kVectors accumulators run over the whole depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
-template <typename T, int kRows, int kVectors, bool kUnitRows>
+template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
 void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* ahead_to) {
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
@@ -121,13 +128,13 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * g.c_stride, 1);
   }
   if (ahead_to) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
+    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kCopy>(g, a, ahead, ahead_to, sum);
   } else if (!kUnitRows && ahead && g.fetch_rows) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kFetchRows>(g, a, ahead, nullptr, sum);
+    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kFetchRows>(g, a, ahead, nullptr, sum);
   } else if (!kUnitRows && ahead) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kFetch>(g, a, ahead, nullptr, sum);
+    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kFetch>(g, a, ahead, nullptr, sum);
   } else {
-    MicroLoop<T, kRows, kVectors, kUnitRows, Beside::kNothing>(g, a, nullptr, nullptr, sum);
+    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kNothing>(g, a, nullptr, nullptr, sum);
   }
 
   const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
@@ -154,12 +161,14 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
                                                : LoadFirst(g.bias + v * kL, last);
   }
   const Vec<T> low = Set(g.low), high = Set(g.high);
+  const bool clamps = g.low > -std::numeric_limits<T>::infinity();
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     T* to = c + r * g.c_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<T> value = AtMost(AtLeast(sum[r][v] + bias[v], low), high);
+      Vec<T> value = sum[r][v] + bias[v];
+      if (clamps) value = AtMost(AtLeast(value, low), high);
       if (v + 1 < kVectors || last == kL) {
         Store(to + v * kL, value);
       } else {
@@ -173,13 +182,14 @@ template <typename T>
 using MicroKernelPointer = void (*)(const GemmArgs<T>&, const T*, T*, const char*, T*);
 
 // Micro-kernels for 1, 2, ... rows.
-template <typename T, int kVectors, bool kUnitRows, size_t... R>
+template <typename T, int kVectors, bool kUnitRows, bool kPairs, size_t... R>
 SEPCONV_INLINE MicroKernelPointer<T> MicroKernelFor(int64_t rows, std::index_sequence<R...>) {
-  static constexpr MicroKernelPointer<T> kTable[] = {MicroKernel<T, R + 1, kVectors, kUnitRows>...};
+  static constexpr MicroKernelPointer<T> kTable[] = {
+      MicroKernel<T, R + 1, kVectors, kUnitRows, kPairs>...};
   return kTable[rows - 1];
 }
 
-template <typename T, int kVectors, bool kUnitRows>
+template <typename T, int kVectors, bool kUnitRows, bool kPairs>
 void GemmPanel(const GemmArgs<T>& g) {
   // Rows are shared out evenly: 49 rows in tiles of at most 14 are 13 + 12 + 12 + 12, not 14 + 14 +
   // 14 + 7.
@@ -202,7 +212,7 @@ void GemmPanel(const GemmArgs<T>& g) {
     const int64_t fetch_end = fetch_lines * (tile + 1) / tiles;
     for (; fetched < fetch_end; ++fetched)
       __builtin_prefetch(g.fetch + fetched * kCacheLineBytes, 0, 2);
-    MicroKernelFor<T, kVectors, kUnitRows>(rows, kRowCounts)(g, a, c, ahead, ahead_to);
+    MicroKernelFor<T, kVectors, kUnitRows, kPairs>(rows, kRowCounts)(g, a, c, ahead, ahead_to);
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;
   }
@@ -210,9 +220,10 @@ void GemmPanel(const GemmArgs<T>& g) {
     CopyRow<T, kVectors>(g.ahead + k * g.ahead_stride, g.ahead_to + k * g.b_stride);
 }
 
-template <typename T, bool kUnitRows, size_t... V>
+template <typename T, bool kUnitRows, bool kPairs, size_t... V>
 SEPCONV_INLINE void GemmByVectors(const GemmArgs<T>& g, std::index_sequence<V...>) {
-  static constexpr void (*kTable[])(const GemmArgs<T>&) = {GemmPanel<T, V + 1, kUnitRows>...};
+  static constexpr void (*kTable[])(const GemmArgs<T>&) = {
+      GemmPanel<T, V + 1, kUnitRows, kPairs>...};
   kTable[(g.columns - 1) / kLanes<T>](g);
 }
 
@@ -221,11 +232,19 @@ void Gemm(const GemmArgs<T>& g) {
   if (g.rows == 0) return;
   constexpr auto kVectorCounts = std::make_index_sequence<kTuning.micro_vectors>();
   if (g.a_row_stride == 1) {
-    GemmByVectors<T, true>(g, kVectorCounts);
+    GemmByVectors<T, true, false>(g, kVectorCounts);
   } else {
-    GemmByVectors<T, false>(g, kVectorCounts);
+    GemmByVectors<T, false, false>(g, kVectorCounts);
   }
 }
+
+#if defined(SEPCONV_SIMD_AVX512)
+// For CPUs with AVX512_BF16 alone.
+inline void GemmOfPairs(const GemmArgs<float>& g) {
+  if (g.rows == 0) return;
+  GemmByVectors<float, false, true>(g, std::make_index_sequence<kTuning.micro_vectors>());
+}
+#endif
 
 // kPixels x kVectors accumulators; every tap loads its weights once for all pixels of the block.
 template <typename T, int kPixels, int kVectors, bool kWhole>
@@ -708,7 +727,7 @@ void AddColumnSums(const T* data, int64_t rows, int64_t columns, int64_t stride,
 
 // As many independent multiply-adds as the micro-kernel has, from registers alone: the peak to
 // compare with.
-template <typename T>
+template <typename T, bool kPairs>
 void FmaChains(int64_t steps, T* result) {
   constexpr int kChains = kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors;
   Vec<T> sum[kChains];
@@ -717,7 +736,13 @@ void FmaChains(int64_t steps, T* result) {
   Vec<T> x = Set(T(0.5)), y = Set(T(1));
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) sum[i] = sum[i] * x + y;
+    for (int i = 0; i < kChains; ++i) {
+      if constexpr (kPairs) {
+        AddDotOfPairs(sum[i], x, y);
+      } else {
+        sum[i] = sum[i] * x + y;
+      }
+    }
   }
   Vec<T> total = {};
 #pragma GCC unroll 32
@@ -741,11 +766,12 @@ constexpr Kernels<T> MakeKernels() {
           GradientTimesSlopeFromInput<T>,
           GradientTimesSlopeFromOutput<T>,
           AddColumnSums<T>,
-          FmaChains<T>,
+          FmaChains<T, false>,
           2 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<T>};
 }
 
-constexpr Target MakeTarget(const char* name, bool (*runs_here)()) {
+constexpr Target MakeTarget(const char* name, bool (*runs_here)(),
+                            const PairKernels* pairs = nullptr) {
   return {name,
           runs_here,
           MakeKernels<float>(),
@@ -753,5 +779,6 @@ constexpr Target MakeTarget(const char* name, bool (*runs_here)()) {
           MakeCopies<float>(),
           MakeCopies<double>(),
           MakeCopies<BFloat16>(),
-          MakeCopies<Float16>()};
+          MakeCopies<Float16>(),
+          pairs};
 }

@@ -144,6 +144,33 @@ struct RowCopies {
   void (*round)(T* data, int64_t rows, int64_t count, int64_t stride);
 };
 
+// The pointwise stage of bfloat16 by an instruction that adds up products of pairs. It takes
+// subnormal numbers for zero, so its operands are watched: `Least` is the least magnitude above
+// zero among them, as bits less one, or 0xffff. Every sum is a multiple of the product of the last
+// places of the least operands. Where that is no subnormal, no sum is; see MayFlush.
+struct PairKernels {
+  // A and B hold pairs of bfloat16, neighbours in depth, in place of floats; `depth` counts pairs.
+  // A's depth stride is 1. `ahead_to` is not used.
+  void (*gemm)(const GemmArgs<float>&);
+  // to[r / 2][width] = rows r and r + 1 of from, zero for c >= count and r >= rows. Returns Least.
+  uint16_t (*pack)(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
+                   float* to);
+  // Rows of floats rounded to pairs. The rest of the last vector of a row is zero. Returns Least.
+  uint16_t (*narrow)(const float* from, int64_t stride, int64_t rows, int64_t count, float* to,
+                     int64_t to_stride);
+  // As `fma_chains`, with twice the operations.
+  void (*chains)(int64_t steps, float* result);
+};
+
+// Whether a product or a sum of products could be subnormal, and so be lost. A bfloat16 with the
+// exponent field e > 0 is a multiple of 2^(e - 134), e = 0 is subnormal itself; the least normal
+// float is 2^-126.
+inline bool MayFlush(uint16_t least_a, uint16_t least_b) {
+  if (least_a == 0xffff || least_b == 0xffff) return false;  // Nothing but zeros.
+  const int a = (least_a + 1) >> 7, b = (least_b + 1) >> 7;
+  return a == 0 || b == 0 || a + b - 2 * 134 < -126;
+}
+
 struct Target {
   const char* name;
   bool (*runs_here)();
@@ -153,6 +180,7 @@ struct Target {
   RowCopies<double> copies_f64;
   RowCopies<BFloat16> copies_bf16;
   RowCopies<Float16> copies_f16;
+  const PairKernels* pairs;  // null: none
 };
 
 // The target in force; reading it is one atomic load.

@@ -120,6 +120,12 @@ SEPCONV_INLINE void MultiplyAdd(Vec<float>& sum, Vec<float> a, Vec<float> b) {
 SEPCONV_INLINE void MultiplyAdd(Vec<double>& sum, Vec<double> a, Vec<double> b) {
   asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
+
+// sum += the products of pairs of bfloat16, in every lane. Subnormal operands and sums count as
+// zero. Only where the CPU has AVX512_BF16.
+SEPCONV_INLINE void AddDotOfPairs(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
 #elif defined(SEPCONV_SIMD_AVX2)
 SEPCONV_INLINE void MultiplyAdd(Vec<float>& sum, Vec<float> a, Vec<float> b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));

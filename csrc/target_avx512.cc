@@ -1,4 +1,5 @@
-// AVX-512 F/BW/DQ/VL: every server core since Skylake-SP and Zen 4.
+// AVX-512 F/BW/DQ/VL: every server core since Skylake-SP and Zen 4. With BF16 as well (Cooper Lake,
+// Sapphire Rapids, Zen 4) the same kernels, and one for pairs of bfloat16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -32,6 +34,9 @@ static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 #include "simd.h"
 #include "kernel-inl.h"
 
+inline constexpr PairKernels kPairKernels{GemmOfPairs, PackPairs, NarrowToPairs,
+                                          FmaChains<float, true>};
+
 }  // namespace sepconv::avx512
 
 #if defined(__clang__)
@@ -46,8 +51,11 @@ bool RunsHere() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool RunsBf16Here() { return RunsHere() && __builtin_cpu_supports("avx512bf16"); }
 }  // namespace
 
+const Target kAvx512Bf16Target =
+    avx512::MakeTarget("avx512_bf16", RunsBf16Here, &avx512::kPairKernels);
 const Target kAvx512Target = avx512::MakeTarget("avx512", RunsHere);
 
 }  // namespace sepconv

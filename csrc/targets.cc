@@ -15,10 +15,7 @@ namespace {
 // Best first. The last one is for tests and never chosen by itself.
 const Target* const kTargets[] = {
 #if defined(__x86_64__)
-    &kAvx512Target,
-    &kAvx2Target,
-    &kPortableTarget,
-    &kEmulatedAvx512Target,
+    &kAvx512Bf16Target, &kAvx512Target, &kAvx2Target, &kPortableTarget, &kEmulatedAvx512Target,
 #elif defined(__aarch64__)
     &kNeonTarget,
     &kPortableTarget,
@@ -88,20 +85,23 @@ TileConstants CurrentTileConstants(DType dtype) {
 
 namespace {
 template <typename T>
-double FmaPeakGflopsOf(const Kernels<T>& kernels) {
+double GflopsOf(void (*chains)(int64_t, T*), int64_t flops) {
   constexpr int64_t kSteps = 200 * 1000;
   T result;
-  kernels.fma_chains(kSteps / 10, &result);  // wakes the clock and the wide units up
+  chains(kSteps / 10, &result);  // wakes the clock and the wide units up
   const auto begin = std::chrono::steady_clock::now();
-  kernels.fma_chains(kSteps, &result);
+  chains(kSteps, &result);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  return static_cast<double>(kSteps * kernels.fma_chain_flops) / seconds.count() * 1e-9;
+  return static_cast<double>(kSteps * flops) / seconds.count() * 1e-9;
 }
 }  // namespace
 
 double FmaPeakGflops(DType dtype) {
   const Target& target = CurrentTargetTable();
-  return dtype == DType::kFloat64 ? FmaPeakGflopsOf(target.f64) : FmaPeakGflopsOf(target.f32);
+  if (dtype == DType::kFloat64) return GflopsOf(target.f64.fma_chains, target.f64.fma_chain_flops);
+  if (dtype == DType::kBFloat16 && target.pairs)
+    return GflopsOf(target.pairs->chains, 2 * target.f32.fma_chain_flops);
+  return GflopsOf(target.f32.fma_chains, target.f32.fma_chain_flops);
 }
 
 bool SlopeFollowsFromOutput(Activation activation) {

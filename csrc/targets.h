@@ -7,6 +7,7 @@
 namespace sepconv {
 
 #if defined(__x86_64__)
+extern const Target kAvx512Bf16Target;
 extern const Target kAvx512Target;
 extern const Target kAvx2Target;
 extern const Target kEmulatedAvx512Target;

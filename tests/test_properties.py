@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from properties import audit, cases, doors, laws, page
 from strategies import Problem, odd_problem
 
+import sepconv
 from sepconv import ConvSpec, _native, reference
 from sepconv.numpy import separable_conv2d, separable_conv2d_grad
 from sepconv.spec import ACTIVATIONS
@@ -155,6 +158,32 @@ def test_subnormal_numbers_are_kept(target, dtype):
     assert separable_conv2d(x, one, one).tobytes() == x.tobytes()
     dx, *_ = separable_conv2d_grad(x, x, one, one)
     assert dx.tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_subnormal_sums_of_normal_numbers_are_kept(target, dtype):
+    """Also where one element among many makes them possible, and whatever the threads."""
+    stored = cases.DTYPES[dtype]
+    tiny, eps = (float(getattr(ml_dtypes.finfo(stored), name)) for name in ("tiny", "eps"))
+    one = np.ones((1, 1, 1, 1), stored)
+    x = np.full((1, 1, 1, 1), 2 * tiny, stored)
+    assert float(separable_conv2d(x, one, one / 4).item()) == tiny / 2
+    pair = np.array([tiny * (1 + eps), -tiny], stored).reshape(1, 1, 1, 2)
+    ones = np.ones((1, 1, 2, 1), stored)
+    assert float(separable_conv2d(pair, ones, ones).item()) == tiny * eps
+
+    problem = replace(odd_problem(), batch=1, height=61, width=70, channels=33, filters=17)
+    arrays = problem.arrays(stored)
+    arrays.x[0, 50, 60, 3] = tiny * eps
+    before = sepconv.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            sepconv.set_num_threads(threads)
+            results.append(doors.by_numpy(problem, arrays)[0].tobytes())
+    finally:
+        sepconv.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sepconv.bench.rows import Row
 from sepconv.spec import ConvSpec, Geometry
 
-__all__ = ["DTYPES", "MODES", "Problem", "problem_of"]
+__all__ = ["DTYPES", "MODES", "Problem", "aligned_copy", "problem_of"]
 
 Array = npt.NDArray[Any]
 
@@ -23,6 +23,8 @@ MODES = ("inference", "training")
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 """Bytes of an element."""
+
+_CACHE_LINE = 64
 
 _ARRAYS = ("x", "depthwise_kernel", "pointwise_kernel", "bias", "dy")
 
@@ -155,6 +157,23 @@ def problem_of(
         random((row.filters,)),
         random(geometry.y_shape),
     )
+
+
+def aligned_copy(array: Array, dtype: npt.DTypeLike | None = None) -> Array:
+    """Returns a dense copy that starts at a cache line, where frameworks put their own tensors.
+
+    Arrays of NumPy start at any 16 bytes, which costs whoever reads them in place up to 7 %.
+
+    Args:
+        array: Any array.
+        dtype: Of the copy; that of the array if left out.
+    """
+    kind = array.dtype if dtype is None else np.dtype(dtype)
+    memory = np.empty(array.size * kind.itemsize + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    copy = np.ndarray(array.shape, kind, memory, start)
+    copy[...] = array
+    return copy
 
 
 def _to_bfloat16(values: Array) -> Array:

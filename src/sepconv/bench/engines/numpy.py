@@ -9,7 +9,7 @@ import numpy as np
 
 from sepconv import backends, set_num_threads
 from sepconv.bench.engines import Ready, UnableError
-from sepconv.bench.problems import DTYPES, MODES, Problem
+from sepconv.bench.problems import DTYPES, MODES, Problem, aligned_copy
 
 PACKAGES = ("sepconv", "numpy")
 
@@ -40,7 +40,7 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
             ) from None
 
     def cast(array: Any) -> Any:
-        return np.array(array, dtype)
+        return aligned_copy(array, dtype)
 
     keywords = problem.keywords
     weights = [cast(weight) for weight in problem.weights]

@@ -11,7 +11,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from sepconv.bench.engines import Ready, UnableError
-from sepconv.bench.problems import DTYPES, Problem
+from sepconv.bench.problems import DTYPES, Problem, aligned_copy
 
 PACKAGES = ("onnxruntime", "onnx")
 
@@ -41,7 +41,7 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
 
     def bound() -> Any:
         binding = session.io_binding()
-        x = np.ascontiguousarray(problem.to_nchw(problem.x.copy()))
+        x = aligned_copy(problem.to_nchw(problem.x))
         binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
         binding.bind_ortvalue_output("y", y)
         return binding

@@ -10,7 +10,7 @@ import openvino
 from openvino import opset13 as opset
 
 from sepconv.bench.engines import Ready, UnableError
-from sepconv.bench.problems import DTYPES, Problem
+from sepconv.bench.problems import DTYPES, Problem, aligned_copy
 
 PACKAGES = ("openvino",)
 
@@ -37,9 +37,9 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
     if half and precision != openvino.Type.bf16:
         raise UnableError("its CPU plugin has no bfloat16 on this processor")
     request = compiled.create_infer_request()
-    y = np.empty(problem.geometry.y_shape, np.float32)
+    y = aligned_copy(np.zeros(problem.geometry.y_shape, np.float32))
     request.set_output_tensor(openvino.Tensor(y, shared_memory=True))
-    inputs = [problem.x.copy() for _ in range(copies)]
+    inputs = [aligned_copy(problem.x) for _ in range(copies)]
     turns = itertools.cycle([openvino.Tensor(x, shared_memory=True) for x in inputs])
 
     def call() -> Any:

@@ -40,8 +40,9 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
     dtype, image_format = getattr(torch, problem.dtype), _FORMATS[name]
 
     def image(array: Any) -> Any:
-        tensor = torch.from_numpy(problem.to_nchw(array).copy()).to(dtype)
-        return tensor.contiguous(memory_format=image_format)
+        tensor = torch.from_numpy(problem.to_nchw(array)).to(dtype)
+        # `clone` gives memory of torch's own allocator, aligned as its tensors are.
+        return tensor.clone(memory_format=image_format)
 
     layer: Any = fused_layer(problem).to(dtype)
     if name.startswith("sepconv"):
