@@ -16,6 +16,20 @@ pytest.importorskip("triton")
 SAME = ConvSpec(padding="same")
 
 
+@pytest.fixture(autouse=True)
+def asked_for():
+    backends.use_gpu_kernels(True)
+    yield
+    backends.use_gpu_kernels(False)
+
+
+def test_kernels_that_nobody_asked_for_do_not_run():
+    backends.use_gpu_kernels(False)
+    plan = on_gpu((32, 112, 112, 32), 64)
+    assert "sepconv.torch.use_gpu_kernels()" in plan.why_not
+    assert plan.why_not in str(plan)
+
+
 def on_gpu(x_shape, filters, dtype="bfloat16", spec=SAME, **arguments):
     return explain(spec, x_shape, 3, filters, dtype, device="cuda", **arguments)
 

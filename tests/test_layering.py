@@ -51,6 +51,7 @@ ROOMS = {
         "sepconv.torch.plans",
         "sepconv.torch.quiet",
     },
+    "torch/functions.py": {"torch", "sepconv.spec", "sepconv.backends", "sepconv.torch."},
     "torch/*": {"torch", "sepconv.spec", "sepconv.torch."},
     # The number of blocks and their sizes are integers that anyone may ask for; tensors and the
     # compiler are needed by those who launch.
@@ -132,7 +133,7 @@ ROOMS = {
     },
     "bench/engines/__init__.py": set(),
     "bench/pictures.py": {"matplotlib", "numpy", "sepconv.bench."},
-    "bench/command.py": {"rich", "sepconv", "sepconv.plans", "sepconv.bench."},
+    "bench/command.py": {"rich", "sepconv", "sepconv.backends", "sepconv.plans", "sepconv.bench."},
     "bench/*": {
         "numpy",
         "sepconv",

@@ -44,6 +44,10 @@ def test_kernels_agree_with_the_reference_in_the_interpreter():
     print(run_file("triton_contract.py", TRITON_INTERPRET="1").splitlines()[-1])
 
 
+def test_the_torch_door_takes_them_in_the_interpreter():
+    run_file("gpu_door_contract.py", TRITON_INTERPRET="1")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_kernels_agree_with_the_reference_on_a_gpu():
     # The time goes into compilation.

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from sepconv.torch import SeparableConv2d, separable_conv2d
+from sepconv.torch import SeparableConv2d, separable_conv2d, use_gpu_kernels
 
 # float32 is then summed and multiplied in float32: results can be compared with those of the CPU.
 torch.backends.cudnn.conv.fp32_precision = "ieee"
 torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+use_gpu_kernels()
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 pytestmark = pytest.mark.filterwarnings("ignore:.*TensorFloat32.*")

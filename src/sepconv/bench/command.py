@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 import sepconv
+from sepconv import backends
 from sepconv.bench.gpu import GpuPlan, measure_gpu
 from sepconv.bench.page import FORMATS, write_page
 from sepconv.bench.results import Result, Run, write_csv
@@ -81,6 +82,7 @@ def explain_cases(plan: GpuPlan, console: Console) -> None:
         plan: Its cases count.
         console: Where to.
     """
+    backends.use_gpu_kernels(True)  # Or there would be nothing to explain.
     seen = dict.fromkeys((case.row, case.batch, case.dtype) for case in plan.cases)
     for row, batch, dtype in seen:
         text = str(_explanation(row, batch, dtype, "channels_last", "cuda"))

@@ -171,6 +171,8 @@ def use_gpu_kernels(enabled: bool = True) -> None:
         enabled: Whether calls from now on, of all threads, may run them.
 
     Example:
+        >>> import torch
+        >>> use_gpu_kernels(torch.cuda.is_available())
         >>> use_gpu_kernels(False)
     """
     backends.use_gpu_kernels(enabled)

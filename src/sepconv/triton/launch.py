@@ -172,7 +172,7 @@ def _specialised(tensor: Tensor | None) -> Any:
     """What the compiler looks at."""
     if tensor is None:
         return None
-    return tensor.dtype, tensor.device.index, tensor.data_ptr() % 16 == 0
+    return tensor.dtype, tensor.device.index, tensor.data_ptr() % tuning.VECTOR_BYTES == 0
 
 
 # What a program adds to the last address before it masks it is well below the difference to 2^31.

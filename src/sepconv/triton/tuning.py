@@ -66,6 +66,9 @@ HELD_TAPS = 9
 # on. With 8 elements and half of the warps 19x19x728 takes 31.4 us, with 4 30.4 us.
 TAP_REGISTERS = 64
 
+# Of the widest load of a thread; the compiler looks whether a pointer is a multiple of it.
+VECTOR_BYTES = 16
+
 # Element by element: 8 of each of 128 threads, 16 bytes of a 16-bit type.
 ELEMENTS = 1024
 

@@ -29,7 +29,7 @@ from sepconv.bench.gpu import GpuCase
 from sepconv.bench.peaks import Peaks
 from sepconv.bench.problems import MODES
 from sepconv.bench.workers import RefusedError
-from sepconv.torch import SeparableConv2d
+from sepconv.torch import SeparableConv2d, use_gpu_kernels
 from sepconv.triton.ceilings import ceilings
 
 __all__ = ["Gpu"]
@@ -67,6 +67,7 @@ class Gpu:
         torch.backends.cudnn.benchmark = True
         self.facts = machine.versions("sepconv", "torch", "triton", "numpy")
         if device == "cuda":
+            use_gpu_kernels()
             found = torch.cuda.get_device_properties(0)
             self.facts |= {
                 "gpu": found.name,
