@@ -3,7 +3,6 @@
 #include "forward.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -119,23 +118,26 @@ class ForwardLoop {
   bool Run(char* memory) {
     const Layout layout(*this);
     packed_ = reinterpret_cast<T*>(memory + layout.packed_at);
-    least_weight_ = least_value_ = 0xffff;
+    const auto memory_of = [&](int64_t worker) {
+      return memory + layout.shared.bytes() + worker * layout.own.bytes();
+    };
+    const auto least_of = [&](int64_t worker) {
+      return reinterpret_cast<Least*>(memory_of(worker) + layout.least_at);
+    };
+    for (int64_t worker = 0; worker < threads_; ++worker) *least_of(worker) = Least();
     if (!packs_in_time_ && first_packed_ < panels_.count()) {
-      ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t) {
+      ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t worker) {
         const int64_t k = task * kTransposeBlock;
         const int64_t k_end = std::min(p_.depth, k + kTransposeBlock);
         if (pairs_) {
           for (int64_t panel = 0; panel < panels_.count(); ++panel)
-            PackPairs(panel, k, k_end, packed_);
+            PackPairs(panel, k, k_end, packed_, *least_of(worker));
         } else {
           PackPanels<S>(p_.copies, pointwise_, p_.depth, p_.filters, k, k_end, panels_,
                         first_packed_, packed_);
         }
       });
     }
-    const auto memory_of = [&](int64_t worker) {
-      return memory + layout.shared.bytes() + worker * layout.own.bytes();
-    };
     for (int64_t worker = 0; keeps_rows_ && worker < threads_; ++worker) {
       auto* staged_row = reinterpret_cast<int64_t*>(memory_of(worker) + layout.staged_row_at);
       InputRows<S>(p_, nullptr, staged_row).Forget();
@@ -143,6 +145,7 @@ class ForwardLoop {
     ParallelFor(tiles_ * parts_, threads_, [&](int64_t task, int64_t worker) {
       char* mine = memory_of(worker);
       const Scratch scratch = {reinterpret_cast<T*>(mine + layout.two_panels_at),
+                               least_of(worker),
                                reinterpret_cast<T*>(mine + layout.tile_at),
                                reinterpret_cast<T*>(mine + layout.pair_tile_at),
                                reinterpret_cast<T*>(mine + layout.panel_at),
@@ -159,7 +162,12 @@ class ForwardLoop {
       PointwiseTile(begin, end, panels_.count() * part / parts_,
                     panels_.count() * (part + 1) / parts_, fetch, scratch);
     });
-    return !pairs_ || !MayFlush(least_value_, least_weight_);
+    Least least;
+    for (int64_t worker = 0; worker < threads_; ++worker) {
+      least.value = std::min(least.value, least_of(worker)->value);
+      least.weight = std::min(least.weight, least_of(worker)->weight);
+    }
+    return !pairs_ || !MayFlush(least.value, least.weight);
   }
 
  private:
@@ -189,6 +197,11 @@ class ForwardLoop {
             std::max<int64_t>(0, last - first) * row_bytes};
   }
 
+  // Of the operands that one worker has seen; see PairKernels.
+  struct Least {
+    uint16_t value = 0xffff, weight = 0xffff;
+  };
+
   // Where things are in the scratch memory: of all threads, and of each.
   struct Layout {
     explicit Layout(const ForwardLoop& loop) {
@@ -198,6 +211,7 @@ class ForwardLoop {
       const int64_t packed = panels.packed_columns() - panels.begin(loop.first_packed_);
       packed_at = shared.Add(loop.packs_two_ ? 0 : packed * loop.depth_, sizeof(T));
       two_panels_at = own.Add(loop.packs_two_ ? 2 * loop.depth_ * columns : 0, sizeof(T));
+      least_at = own.Add(1, sizeof(Least));
       tile_at = own.Add(tile * loop.depth_stride_, sizeof(T));
       pair_tile_at = own.Add(loop.pairs_ ? tile * loop.pair_stride_ : 0, sizeof(T));
       panel_at = own.Add(loop.direct_y_ ? 0 : tile * columns, sizeof(T));
@@ -209,16 +223,17 @@ class ForwardLoop {
       taps_at = own.Add(p.g.kernel_height * p.g.kernel_width, sizeof(Tap<T>));
     }
     Layout64 shared, own;
-    int64_t packed_at, two_panels_at, tile_at, pair_tile_at, panel_at, gradient_at, staged_at,
-        staged_row_at, rows_at, taps_at;
+    int64_t packed_at, two_panels_at, least_at, tile_at, pair_tile_at, panel_at, gradient_at,
+        staged_at, staged_row_at, rows_at, taps_at;
   };
 
   struct Scratch {
     T* two_panels;  // [depth][panel column] each: the one in use, and the next
-    T* tile;        // [pixel][depth]: the depthwise output
-    T* pair_tile;   // the same in pairs of bfloat16
-    T* panel;       // [pixel][panel column]: output before it is narrowed or transposed
-    T* gradient;    // [pixel][panel column]
+    Least* least;
+    T* tile;       // [pixel][depth]: the depthwise output
+    T* pair_tile;  // the same in pairs of bfloat16
+    T* panel;      // [pixel][panel column]: output before it is narrowed or transposed
+    T* gradient;   // [pixel][panel column]
     T* staged;
     int64_t* staged_row;
     SourceRow<T>* rows;
@@ -274,28 +289,23 @@ class ForwardLoop {
     }
     if constexpr (std::is_same_v<S, BFloat16>) {
       if (pairs_) {
-        Lower(least_value_, pairs_->narrow(scratch.tile, depth_stride_, end - begin, p_.depth,
-                                           scratch.pair_tile, pair_stride_));
+        const uint16_t least = pairs_->narrow(scratch.tile, depth_stride_, end - begin, p_.depth,
+                                              scratch.pair_tile, pair_stride_);
+        scratch.least->value = std::min(scratch.least->value, least);
         return;
       }
     }
     RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
   }
 
-  static void Lower(std::atomic<uint16_t>& least, uint16_t value) {
-    uint16_t before = least.load(std::memory_order_relaxed);
-    while (value < before &&
-           !least.compare_exchange_weak(before, value, std::memory_order_relaxed)) {
-    }
-  }
-
   // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
-  void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to) {
+  void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to, Least& least) const {
     if constexpr (std::is_same_v<S, BFloat16>) {
       const int64_t column = panels_.begin(panel), width = panels_.width(panel);
-      Lower(least_weight_, pairs_->pack(pointwise_ + k_begin * p_.filters + column, p_.filters,
-                                        k_end - k_begin, panels_.columns(panel), width,
-                                        to + column * depth_ + k_begin / 2 * width));
+      const uint16_t packed =
+          pairs_->pack(pointwise_ + k_begin * p_.filters + column, p_.filters, k_end - k_begin,
+                       panels_.columns(panel), width, to + column * depth_ + k_begin / 2 * width);
+      least.weight = std::min(least.weight, packed);
     }
   }
 
@@ -327,7 +337,8 @@ class ForwardLoop {
       if (panel >= first_packed_) b = PackedPanel(panel, scratch);
       if (packs_now) {
         if (pairs_) {
-          PackPairs(panel, 0, p_.depth, PackedPanel(panel, scratch) - column * depth_);
+          PackPairs(panel, 0, p_.depth, PackedPanel(panel, scratch) - column * depth_,
+                    *scratch.least);
         } else if (!packed_before) {
           p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
                          PackedPanel(panel, scratch), b_stride);
@@ -406,7 +417,6 @@ class ForwardLoop {
   int64_t threads_;
   const PairKernels* pairs_;  // null: the pointwise stage runs on elements of the compute type
   int64_t depth_;             // of the pointwise stage, in elements or pairs
-  std::atomic<uint16_t> least_value_{0xffff}, least_weight_{0xffff};  // see PairKernels
   int64_t pair_stride_ = 0, first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1,
           depth_stride_ = 0, staged_columns_ = 0, strip_ = 0;
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
