@@ -424,7 +424,7 @@ def test_results_are_the_same_to_the_bit(path, dtype, tuned):
 # ------------------------------------------------------------------------------- problems at random
 
 # A kernel in the interpreter takes milliseconds, one for a GPU seconds to be compiled.
-RANDOM_EXAMPLES = 20 if INTERPRETED else 4
+RANDOM_EXAMPLES = 8 if INTERPRETED else 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
