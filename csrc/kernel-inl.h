@@ -413,7 +413,8 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count
       Vec<T> x[kSources];
 #pragma GCC unroll 16
       for (int i = 0; i < kSources; ++i) {
-        if (kRows > 1 || source[i]) x[i] = LoadLanes<kWhole>(source[i] + from, count);
+        const bool met = kRows > 1 || source[i];  // Several rows are summed where all sources are.
+        x[i] = met ? LoadLanes<kWhole>(source[i] + from, count) : Vec<T>{};
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kWindow; ++i) {
