@@ -310,7 +310,7 @@ run_in_another()
 
 
 def test_memory_does_not_grow():
-    """100,000 small calls, refused calls, large ones, and callers that come and go."""
+    """400,000 small calls, refused calls, large ones, and callers that come and go."""
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     scene(
@@ -366,10 +366,13 @@ def everything(scale):
         bits(index)
 
 everything(20)
-before = resident()
-everything(100)
-grown = resident() - before
-assert grown < 4 << 20, f"{grown} bytes more"
+grown = []
+for _ in range(4):
+    before = resident()
+    everything(100)
+    grown.append(resident() - before)
+# A worker may get its scratch late, once. What leaks grows in every round: 10 bytes a call.
+assert min(grown) < 1 << 20, grown
 """
     )
 

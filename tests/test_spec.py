@@ -344,7 +344,7 @@ def test_backends_say_why_not():
     with pytest.raises(ValueError, match="the data is on 'gpu'"):
         choose(g, "float32", "gpu")
     with pytest.raises(ValueError, match="`name` must not be empty"):
-        Backend("", BACKENDS[0].refusal, BACKENDS[0].load)
+        Backend("", "cpu", BACKENDS[0].refusal, BACKENDS[0].load)
 
 
 def test_importing_the_library_imports_no_framework():

@@ -903,7 +903,7 @@ def test_weights_on_another_device_are_refused():
     layer, x = SeparableConv2d(3, 5, 3), torch.empty(2, 3, 7, 8, device="meta")
     with pytest.raises(ValueError, match=r"on the device of `x`. Received: cpu, x.device=meta"):
         layer(x)
-    with pytest.raises(TypeError, match=r"`depthwise_kernel` must be an array that DLPack"):
+    with pytest.raises(ValueError, match=r"on the device of `x`. Received: meta, x.device=cpu"):
         SeparableConv2d(3, 5, 3, device="meta")(torch.randn(2, 3, 7, 8))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -294,18 +294,26 @@ class SeparableConv2d(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SeparableConv2d:
         # Every way to move or convert a module passes here; to(memory_format=...) lays it out anew.
-        # Contiguous weights stay so, for engines that take no others.
+        # Weights that somebody made contiguous stay so, for engines that take no others.
+        kept = [
+            module
+            for module in (self.depthwise, self.pointwise)
+            if (weight := module._parameters.get("weight")) is not None and weight.is_contiguous()
+        ]
         super()._apply(fn, recurse)
-        self._lay_out(contiguous_too=False)
+        self._lay_out(kept)
         return self
 
-    def _lay_out(self, contiguous_too: bool = True) -> None:
-        """Puts the weights into memory in the order in which the kernel reads them."""
+    def _lay_out(self, kept: Sequence[nn.Module] = ()) -> None:
+        """Puts the weights into memory in the order in which the kernel reads them.
+
+        Those of the modules in `kept` stay as they are.
+        """
         for module, axes in ((self.depthwise, DEPTHWISE_AXES), (self.pointwise, POINTWISE_AXES)):
             weight = module._parameters.get("weight")  # None where it is parametrized.
             if weight is None or weight.stride() == (stride := dense_stride(weight.shape, axes)):
                 continue
-            if weight.is_contiguous() and not contiguous_too:
+            if module in kept:
                 continue
             with torch.no_grad():
                 weight.data = torch.empty_strided(
