@@ -11,6 +11,7 @@ from sepconv.torch import plans
 from sepconv.torch.at_once import run_and_record, run_at_once
 from sepconv.torch.composition import composition
 from sepconv.torch.derivatives import call_forward
+from sepconv.torch.operators import check_devices
 from sepconv.torch.plans import Plan, kind_of_device, planned
 from sepconv.torch.quiet import (
     any_requires_grad,
@@ -63,25 +64,15 @@ def keras_layer(
 
 
 def _called(plan: Plan, operands: tuple[Any, ...]) -> Tensor:
-    if not operands[0].is_cpu:  # There the kernel itself says what it cannot read.
-        _check_devices(*operands)
     if plan.at_once and is_quiet() and are_plain(operands):
         if not torch.is_grad_enabled() or not any_requires_grad(operands):
             return run_at_once(plan, operands)
         # Whoever looks at what is saved shall see the same with a profiler and without one.
         if saved_tensors_hooks(False) is None:
             return run_and_record(plan, operands)
+    check_devices(operands, operands[0].device)
     function = call_forward if plan.refusal is None else composition
     return plan.image_to_caller(function(plan.geometry, *plan.as_kernel_reads(operands)))
-
-
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                "all weights and biases must be on the device of `x`. "
-                f"Received: {other.device}, x.device={x.device}"
-            )
 
 
 def autocast(operands: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -44,7 +44,8 @@ def kernels_for(geometry: Geometry, dtype: str, device: str) -> backends.Kernels
     return backends.choose(geometry, dtype, device).load()
 
 
-def _check_devices(tensors: Operands, device: torch.device) -> None:
+def check_devices(tensors: Operands, device: torch.device) -> None:
+    """Raises `ValueError` unless all tensors are on the device, which is that of `x`."""
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(
@@ -55,7 +56,7 @@ def _check_devices(tensors: Operands, device: torch.device) -> None:
 
 def _dense(tensors: Operands, device: torch.device) -> list[Tensor | None]:
     """The tensors as kernels read them; their sizes are those that the geometry says."""
-    _check_devices(tensors, device)
+    check_devices(tensors, device)
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -107,7 +108,7 @@ def _empty_gradients(operands: Operands, wrt: Sequence[int]) -> list[Any]:
 
 def fake_forward(x: Tensor, *others: Any) -> Tensor:
     """Shape, dtype and device of the output."""
-    _check_devices(others[:4], x.device)
+    check_devices(others[:4], x.device)
     return x.new_empty(Geometry(*others[-1]).y_shape)
 
 
