@@ -1207,6 +1207,9 @@ def train(rank, size, path):
         for p, gradient in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
             assert p.grad.stride() == p.stride()
+    # The group's threads end here, not at the exit, where joining them is too late.
+    torch.distributed.barrier()
+    del parallel
     torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
