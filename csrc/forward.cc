@@ -158,7 +158,7 @@ class ForwardLoop {
       const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
       DepthwiseTile(begin, end, scratch);
       // Where the threads go on side by side, the next tile but the others'.
-      const Stretch fetch = NewRows((task + threads_) / parts_ * tile_pixels_);
+      const Stretch fetch = NewRows((task + parts_) / parts_ * tile_pixels_);
       PointwiseTile(begin, end, panels_.count() * part / parts_,
                     panels_.count() * (part + 1) / parts_, fetch, scratch);
     });

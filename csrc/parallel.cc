@@ -10,12 +10,14 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <deque>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "float_mode.h"
 #include "sepconv.h"
+#include "tuning.h"
 
 namespace sepconv {
 namespace {
@@ -51,6 +53,13 @@ struct Job {
   int64_t helpers;  // workers 1 ... helpers take part
 };
 
+// What is known of one who works at a job: the caller is number 0.
+struct alignas(kCacheLineBytes) Seat {
+  std::atomic<int64_t> taken{0};  // of its run of tasks, by whomever
+  std::atomic<int> cpu{-1};       // where the worker ended its last job
+  std::thread::native_handle_type thread{};
+};
+
 class Pool {
  public:
   // One job at a time. A second caller, or a task that calls again, does its work alone.
@@ -60,10 +69,12 @@ class Pool {
     Job job = wanted;
     job.helpers = StartWorkers(wanted.helpers);
     if (job.helpers == 0) return RunAlone(job);
+    LeaveCallersCpu(job.helpers);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
-      next_task_.store(0, std::memory_order_relaxed);
+      for (int64_t i = 0; i <= job.helpers; ++i)
+        seats_[i].taken.store(0, std::memory_order_relaxed);
       unfinished_.store(job.helpers, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
@@ -81,28 +92,57 @@ class Pool {
     for (int64_t task = 0; task < job.num_tasks; ++task) job.task(job.context, task, 0);
   }
 
+  // Everyone has a run of neighbouring tasks, so that what they share stays in one cache, and then
+  // helps the others with theirs.
   void TakeTasks(const Job& job, int64_t worker) {
-    for (;;) {
-      const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= job.num_tasks) return;
-      job.task(job.context, task, worker);
+    const int64_t workers = job.helpers + 1;
+    for (int64_t i = 0; i < workers; ++i) {
+      const int64_t owner = (worker + i) % workers;
+      const int64_t begin = job.num_tasks * owner / workers;
+      const int64_t end = job.num_tasks * (owner + 1) / workers;
+      std::atomic<int64_t>& taken = seats_[owner].taken;
+      while (taken.load(std::memory_order_relaxed) < end - begin) {
+        const int64_t task = begin + taken.fetch_add(1, std::memory_order_relaxed);
+        if (task < end) job.task(job.context, task, worker);
+      }
     }
   }
 
   // Returns how many of the `wanted` workers exist.
   int64_t StartWorkers(int64_t wanted) {
     while (num_workers_ < wanted) {
+      const int64_t worker = num_workers_ + 1;
       try {
-        std::thread(&Pool::WorkerLoop, this, num_workers_ + 1, generation_.load()).detach();
-      } catch (const std::system_error&) {
-        break;  // the system gives no more threads: work with those there are
+        if (static_cast<int64_t>(seats_.size()) == worker) seats_.emplace_back();
+        std::thread thread(&Pool::WorkerLoop, this, &seats_[worker], worker, generation_.load());
+        seats_[worker].thread = thread.native_handle();
+        thread.detach();
+      } catch (const std::exception&) {
+        break;  // the system gives no more threads or memory: work with those there are
       }
-      ++num_workers_;
+      num_workers_ = worker;
     }
     return std::min(wanted, num_workers_);
   }
 
-  void WorkerLoop(int64_t worker, uint64_t seen) {
+  // The scheduler may wake a worker on the CPU that the caller keeps busy, and again and again,
+  // because on machines with few CPUs it hardly looks for an idle one. A worker that was found
+  // there is sent to the other CPUs.
+  void LeaveCallersCpu(int64_t helpers) {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    for (int64_t worker = 1; worker <= helpers; ++worker) {
+      if (here < 0 || seats_[worker].cpu.load(std::memory_order_relaxed) != here) continue;
+      cpu_set_t others;
+      if (sched_getaffinity(0, sizeof(others), &others) != 0) return;
+      CPU_CLR(here, &others);
+      if (CPU_COUNT(&others) == 0) return;
+      pthread_setaffinity_np(seats_[worker].thread, sizeof(others), &others);
+    }
+#endif
+  }
+
+  void WorkerLoop(Seat* seat, int64_t worker, uint64_t seen) {
     const IeeeMode mode;
     for (;;) {
       const auto started = [&] { return generation_.load(std::memory_order_acquire) != seen; };
@@ -116,6 +156,9 @@ class Pool {
       }
       if (worker > job.helpers) continue;
       TakeTasks(job, worker);
+#if defined(__linux__)
+      seat->cpu.store(sched_getcpu(), std::memory_order_relaxed);
+#endif
       if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         std::lock_guard<std::mutex> lock(mutex_);
         done_.notify_one();
@@ -128,8 +171,8 @@ class Pool {
   std::condition_variable start_, done_;
   Job job_{};
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> next_task_{0};
   std::atomic<int64_t> unfinished_{0};
+  std::deque<Seat> seats_{1};  // The caller's, then the workers'. A deque moves none when it grows.
   int64_t num_workers_ = 0;
 };
 

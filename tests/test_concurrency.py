@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -162,5 +163,42 @@ for thread in threads:
     thread.join()
 assert len(results) == 8
 assert all(y.shape == (1, 2, 2, 2) and (y == 27).all() for y in results)
+"""
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two CPUs to choose from",
+)
+def test_a_worker_leaves_the_cpu_of_the_caller():
+    run_python(
+        """
+import os
+import numpy as np
+import sepconv
+import sepconv.numpy as door
+
+def call():
+    one = np.ones((1, 64, 64, 32), np.float32)
+    door.separable_conv2d(one, np.ones((3, 3, 32, 1), np.float32),
+                          np.ones((1, 1, 32, 32), np.float32))
+
+sepconv.set_num_threads(2)
+first, second = sorted(os.sched_getaffinity(0))[:2]
+before = set(os.listdir("/proc/self/task"))
+os.sched_setaffinity(0, {first})
+call()  # The worker inherits the only CPU of the caller, who cannot send it anywhere.
+call()
+(worker,) = (int(task) for task in set(os.listdir("/proc/self/task")) - before)
+assert os.sched_getaffinity(worker) == {first}
+
+for _ in range(100):
+    os.sched_setaffinity(0, {first})
+    os.sched_setaffinity(0, {first, second})  # The caller stays where it is, as a rule.
+    call()
+    if os.sched_getaffinity(worker) == {second}:
+        break
+assert os.sched_getaffinity(worker) == {second}
 """
     )
