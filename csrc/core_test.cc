@@ -410,11 +410,11 @@ struct Run {
       Store(array, dtype, i, values[i]);
   }
 
-  void RunForward() {
+  void RunForward(const PackedPointwise* packed = nullptr) {
     Forward(g, dtype,
             {x.data(), depthwise_kernel.data(), pointwise_kernel.data(),
              g.has_depthwise_bias ? depthwise_bias.data() : nullptr,
-             g.has_bias ? bias.data() : nullptr, y.data()});
+             g.has_bias ? bias.data() : nullptr, y.data(), packed});
   }
 
   void RunBackward(bool with_y) {
@@ -528,6 +528,17 @@ void CheckCase(const std::string& name, const Geometry& g, DType dtype) {
     again.RunBackward(true);
     Check(again.OutputBytes() == first,
           what + " differs on " + std::to_string(threads) + " threads");
+  }
+
+  // Weights that were packed before, on as few and on more threads.
+  const auto packed =
+      PackPointwise(run.pointwise_kernel.data(), g.depthwise_channels(), g.out_channels, dtype);
+  for (const int64_t threads : {1, 3}) {
+    SetNumThreads(threads);
+    Run again(g, dtype, in);
+    again.RunForward(packed.get());
+    again.RunBackward(true);
+    Check(again.OutputBytes() == first, what + " differs with packed weights");
   }
 
   // Each gradient alone: the others are null.

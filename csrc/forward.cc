@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "float_mode.h"
+#include "packed.h"
 #include "tiles.h"
 
 namespace sepconv {
@@ -46,11 +47,15 @@ class ForwardLoop {
         panels_(p_.filters, p_.kernels),
         threads_(ThreadsFor(p_.macs())),
         pairs_(std::is_same_v<S, BFloat16> && may_pair && !gradient.dz ? p_.target.pairs : nullptr),
-        depth_(pairs_ ? CeilDiv(p_.depth, 2) : p_.depth) {
+        depth_(pairs_ ? CeilDiv(p_.depth, 2) : p_.depth),
+        kept_(args.packed && &args.packed->target == &p_.target &&
+                      args.packed->pairs == (pairs_ != nullptr)
+                  ? args.packed
+                  : nullptr) {
     // Packing reads and writes the weights once; with few pixels that costs more than reading them
     // in place. A last panel that ends inside a vector is packed all the same, because the
     // micro-kernel reads whole vectors.
-    const bool in_place = std::is_same_v<S, T> && p_.pixels <= kUnpackedPixels;
+    const bool in_place = !kept_ && std::is_same_v<S, T> && p_.pixels <= kUnpackedPixels;
     first_packed_ = !in_place                                ? 0
                     : panels_.packed_columns() == p_.filters ? panels_.count()
                                                              : panels_.count() - 1;
@@ -64,7 +69,7 @@ class ForwardLoop {
     const bool whole = !in_place && p_.pixels * depth_stride_ * element <= kForwardWholeBytes &&
                        p_.depth * p_.filters * element > kForwardWholeWeightBytes &&
                        (threads_ == 1 || p_.pixels * taps < p_.filters);
-    packs_in_time_ = whole || (!in_place && threads_ == 1);
+    packs_in_time_ = !kept_ && (whole || (!in_place && threads_ == 1));
     if (whole) {
       tiles = 1;
     } else if (tiles > 1 || p_.pixels >= 2 * threads_ * p_.kernels.rows) {
@@ -91,7 +96,7 @@ class ForwardLoop {
   }
 
   Plan plan() const {
-    const int64_t packed = panels_.count() - first_packed_;
+    const int64_t packed = kept_ ? 0 : panels_.count() - first_packed_;
     return {{"threads", threads_},
             {"tiles", tiles_},
             {"tile_pixels", tile_pixels_},
@@ -117,7 +122,8 @@ class ForwardLoop {
   // depends on the numbers alone, not on the threads.
   bool Run(char* memory) {
     const Layout layout(*this);
-    packed_ = reinterpret_cast<T*>(memory + layout.packed_at);
+    // What is kept is not written to.
+    packed_ = kept_ ? kept_->data.As<T>() : reinterpret_cast<T*>(memory + layout.packed_at);
     const auto memory_of = [&](int64_t worker) {
       return memory + layout.shared.bytes() + worker * layout.own.bytes();
     };
@@ -125,7 +131,8 @@ class ForwardLoop {
       return reinterpret_cast<Least*>(memory_of(worker) + layout.least_at);
     };
     for (int64_t worker = 0; worker < threads_; ++worker) *least_of(worker) = Least();
-    if (!packs_in_time_ && first_packed_ < panels_.count()) {
+    if (kept_) least_of(0)->weight = kept_->least_weight;
+    if (!kept_ && !packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t worker) {
         const int64_t k = task * kTransposeBlock;
         const int64_t k_end = std::min(p_.depth, k + kTransposeBlock);
@@ -209,7 +216,7 @@ class ForwardLoop {
       const Panels& panels = loop.panels_;
       const int64_t tile = loop.tile_pixels_, columns = loop.columns_;
       const int64_t packed = panels.packed_columns() - panels.begin(loop.first_packed_);
-      packed_at = shared.Add(loop.packs_two_ ? 0 : packed * loop.depth_, sizeof(T));
+      packed_at = shared.Add(loop.packs_two_ || loop.kept_ ? 0 : packed * loop.depth_, sizeof(T));
       two_panels_at = own.Add(loop.packs_two_ ? 2 * loop.depth_ * columns : 0, sizeof(T));
       least_at = own.Add(1, sizeof(Least));
       tile_at = own.Add(tile * loop.depth_stride_, sizeof(T));
@@ -301,11 +308,9 @@ class ForwardLoop {
   // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
   void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to, Least& least) const {
     if constexpr (std::is_same_v<S, BFloat16>) {
-      const int64_t column = panels_.begin(panel), width = panels_.width(panel);
-      const uint16_t packed =
-          pairs_->pack(pointwise_ + k_begin * p_.filters + column, p_.filters, k_end - k_begin,
-                       panels_.columns(panel), width, to + column * depth_ + k_begin / 2 * width);
-      least.weight = std::min(least.weight, packed);
+      least.weight =
+          std::min(least.weight, PackPairsOfPanel(*pairs_, pointwise_, p_.depth, p_.filters,
+                                                  k_begin, k_end, panels_, panel, to));
     }
   }
 
@@ -415,8 +420,9 @@ class ForwardLoop {
   int64_t columns_;
   Panels panels_;
   int64_t threads_;
-  const PairKernels* pairs_;  // null: the pointwise stage runs on elements of the compute type
-  int64_t depth_;             // of the pointwise stage, in elements or pairs
+  const PairKernels* pairs_;     // null: the pointwise stage runs on elements of the compute type
+  int64_t depth_;                // of the pointwise stage, in elements or pairs
+  const PackedPointwise* kept_;  // null: each call packs
   int64_t pair_stride_ = 0, first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1,
           depth_stride_ = 0, staged_columns_ = 0, strip_ = 0;
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.

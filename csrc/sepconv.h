@@ -11,6 +11,7 @@
 #define SEPCONV_SEPCONV_H_
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -94,6 +95,15 @@ struct Sizes {
 // wrap.
 std::string Validate(const Geometry& geometry, DType dtype, Sizes* sizes);
 
+// A pointwise kernel in the order in which the forward pass of one target reads it. Calls of any
+// image size, on any number of threads, may share it; their results are those without it, to the
+// bit.
+struct PackedPointwise;
+
+// Packs [depth][filters], neither zero, for the target in force. Throws std::bad_alloc.
+std::shared_ptr<const PackedPointwise> PackPointwise(const void* pointwise_kernel, int64_t depth,
+                                                     int64_t filters, DType dtype);
+
 // Arrays of a forward call: dense, in the layout of the geometry. Absent biases are null.
 struct ForwardArgs {
   const void* x;
@@ -102,6 +112,9 @@ struct ForwardArgs {
   const void* depthwise_bias;    // [in_channels * depth_multiplier] or null
   const void* bias;              // [out_channels] or null
   void* y;
+  // Of the same `pointwise_kernel` and dtype, or null. What was packed for another target is not
+  // used.
+  const PackedPointwise* packed = nullptr;
 };
 
 // Arrays of a backward call. `y` may be null: it is then recomputed where the slope of the

@@ -479,6 +479,17 @@ void PackPanels(const RowCopies<S>& copies, const S* matrix, int64_t depth, int6
   }
 }
 
+// Packs rows [k_begin, k_end) of one panel as pairs of neighbours in depth; k_begin is even.
+// `packed` is where panel 0 starts. Returns Least.
+inline uint16_t PackPairsOfPanel(const PairKernels& pairs, const BFloat16* matrix, int64_t depth,
+                                 int64_t stride, int64_t k_begin, int64_t k_end,
+                                 const Panels& panels, int64_t panel, float* packed) {
+  const int64_t column = panels.begin(panel), width = panels.width(panel);
+  return pairs.pack(matrix + k_begin * stride + column, stride, k_end - k_begin,
+                    panels.columns(panel), width,
+                    packed + column * CeilDiv(depth, 2) + k_begin / 2 * width);
+}
+
 }  // namespace sepconv
 
 #endif  // SEPCONV_TILES_H_

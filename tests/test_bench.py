@@ -138,7 +138,9 @@ def test_candidates_are_chosen_by_name_and_by_group():
     ]
     assert [c.name for c in candidates.choose(["sepconv.numpy"], ["all"])][1:] == list(PEERS)
     assert all(c.door in DOORS for c in CANDIDATES if c.door)
-    with pytest.raises(ValueError, match=r"`door` must be one of sepconv\.numpy, .*door='torch'"):
+    with pytest.raises(
+        ValueError, match=r"`door` must be one of sepconv\.numpy prepared, .*door='torch'"
+    ):
         candidates.choose(["torch"])
     with pytest.raises(ValueError, match=r"`peer` must be one of torch, .*peer='caffe'"):
         candidates.choose(peers=["caffe"])

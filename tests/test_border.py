@@ -192,9 +192,17 @@ def spoiled(draw: Any, array: np.ndarray | None, fault: str, output: bool, optio
 
 
 def check(
-    draw: Any, call: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], optional: str
+    draw: Any,
+    call: Any,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    optional: str,
+    most: int = MOST,
 ) -> None:
-    """One call: a legal one computes, any other is refused with a reason and writes nothing."""
+    """One call: a legal one computes, any other is refused with a reason and writes nothing.
+
+    No integer of a call that computes is greater than `most`.
+    """
     g = draw(geometries())
     element, code = draw(st.sampled_from(ELEMENTS))
     legal, sizes = is_legal(g, element.itemsize), sizes_of(g)
@@ -203,7 +211,7 @@ def check(
     for name in (*inputs, *outputs):
         if getattr(g, f"has_{name.removeprefix('d_')}", 1) == 0:
             arguments[name] = None
-        elif 0 <= sizes[name] <= MOST and max(map(abs, g)) <= MOST:
+        elif 0 <= sizes[name] <= MOST and max(map(abs, g)) <= most:
             arguments[name] = buffers.array(sizes[name], name in outputs)
         else:
             # No memory is that large, or the rows of an image without pixels are: such a call has
@@ -229,6 +237,36 @@ def check(
 @given(data=st.data())
 def test_any_forward_call_computes_or_is_refused(data):
     check(data.draw, _native.forward, INPUTS, ("y",), optional="")
+
+
+@MANY
+@given(data=st.data())
+def test_any_pointwise_kernel_is_packed_or_refused(data):
+    check(data.draw, _native.pack_pointwise, ("pointwise_kernel",), (), "", most=LIMIT)
+
+
+@given(small=st.tuples(*[st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(0, 3))] * 2))
+def test_a_packed_kernel_serves_the_calls_that_it_fits(small):
+    def call_of(channels: int, filters: int, code: int) -> tuple[Any, list[np.ndarray]]:
+        g = Geometry(*UNIT)._replace(in_channels=channels, out_channels=filters)
+        element = next(e for e, c in ELEMENTS if c == code)
+        sizes = sizes_of(g)
+        names = ("x", "depthwise_kernel", "pointwise_kernel", "y")
+        return np.array(g, np.int64), [np.ones(sizes[name], element) for name in names]
+
+    flat, (_, _, pointwise, _) = call_of(*small[0])
+    other, (x, depthwise, matrix, y) = call_of(*small[1])
+    packed = _native.pack_pointwise(flat, pointwise, small[0][2])
+    fits = small[0] == small[1]
+    with nullcontext() if fits else pytest.raises(ValueError, match="`packed` must have the depth"):
+        _native.forward(other, x, depthwise, matrix, None, None, y, small[1][2], packed)
+
+
+@pytest.mark.parametrize("packed", [1, "text", object(), np.zeros(1, np.float32)])
+def test_only_a_packed_kernel_is_taken_for_one(packed):
+    one = np.ones(1, np.float32)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _native.forward(np.array(UNIT), one, one, one, None, None, one.copy(), -1, packed)
 
 
 @MANY

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from strategies import Problem, problems
 
-from sepconv import ConvSpec, reference
-from sepconv.numpy import separable_conv2d, separable_conv2d_grad
+import sepconv
+from sepconv import ConvSpec, _native, reference
+from sepconv.numpy import prepare, separable_conv2d, separable_conv2d_grad
 from sepconv.spec import ACTIVATIONS
 
 DTYPES = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
@@ -170,6 +171,109 @@ def test_empty_outputs():
         assert dx.shape == x.shape
         assert not dx.any()
         assert [gradient.any() for gradient in weights] == [False] * 4
+
+
+@given(problems())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepared_weights_give_the_same_bits_as_those_of_the_call(dtype, problem):
+    x, kernel, pointwise, bias, between, _ = problem.arrays(dtype)
+    keywords = problem.spec_kwargs | {"depthwise_bias": between}
+    y = separable_conv2d(x, kernel, pointwise, bias, **keywords)
+    layer = prepare(kernel, pointwise, bias, **keywords)
+    for weight in (kernel, pointwise, bias, between):
+        if weight is not None:
+            weight[...] = np.nan  # It has copies.
+    out = np.full(y.shape, np.nan, dtype)
+    assert layer(x, out=out) is out
+    assert out.tobytes() == layer(x).tobytes() == y.tobytes()
+
+
+# Several panels of filters with a part of one at the end, whole and odd depths, one pixel and many.
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("restore_threads")
+def test_prepared_weights_serve_any_image_target_and_number_of_threads(dtype, data_format, target):
+    generator = np.random.default_rng(7)
+
+    def array(*shape: int, scale: float = 1) -> np.ndarray:
+        return (scale * generator.standard_normal(shape)).astype(dtype)
+
+    def images(scale: float) -> list[np.ndarray]:
+        sizes = ((1, 3, 3), (1, 9, 7), (3, 30, 31))
+        channels_last = [array(*size, 65, scale=scale) for size in sizes]
+        if data_format == "channels_last":
+            return channels_last
+        return [np.ascontiguousarray(x.transpose(0, 3, 1, 2)) for x in channels_last]
+
+    for scale in (1.0, 1e-20):  # Where bfloat16 has products that no pair may lose.
+        if scale != 1 and ml_dtypes.finfo(dtype).tiny > scale:
+            continue
+        pointwise, bias = array(1, 1, 65, 150, scale=scale), array(150, scale=scale**2)
+        weights = (array(3, 3, 65, 1), pointwise, bias)
+        keywords = {"padding": "same", "data_format": data_format, "activation": "relu"}
+        layer = prepare(*weights, **keywords)
+        _native.set_target("portable")  # What it was packed for is not what runs now.
+        elsewhere = prepare(*weights, **keywords)
+        _native.set_target(target)
+        for x in images(scale):
+            sepconv.set_num_threads(1)
+            y = separable_conv2d(x, *weights, **keywords)
+            for threads in (1, 2, 5):
+                sepconv.set_num_threads(threads)
+                assert layer(x).tobytes() == elsewhere(x).tobytes() == y.tobytes()
+
+
+def test_out_is_checked():
+    x, kernel, pointwise, bias, between, _ = some_arrays()
+    y = separable_conv2d(x, kernel, pointwise, bias, depthwise_bias=between)
+    layer = prepare(kernel, pointwise, bias, depthwise_bias=between)
+    weights = np.zeros(pointwise.size + y.size, np.float32)
+    pointwise_inside = weights[: pointwise.size].reshape(pointwise.shape)
+    frozen = np.empty_like(y)
+    frozen.flags.writeable = False
+    wrong = [
+        ([*y], TypeError, "`out` must be an array of NumPy. Received: list"),
+        (y.astype(np.float64), TypeError, "`out` must have the dtype of `x`. Received: out.dtype="),
+        (y[:1], ValueError, f"`out` must have the shape of the output, {y.shape}. Received: out."),
+        (np.asfortranarray(y), ValueError, "`out` must be contiguous, aligned and writable."),
+        (frozen, ValueError, "`out` must be contiguous, aligned and writable."),
+    ]
+    for out, exception, message in wrong:
+        for call in (
+            lambda out: separable_conv2d(x, kernel, pointwise, bias, out=out),
+            lambda out: layer(x, out=out),
+        ):
+            with pytest.raises(exception, match="^" + re.escape(message)):
+                call(out)
+    shared = weights[-y.size - 1 : -1].reshape(y.shape)
+    with pytest.raises(ValueError, match="`out` must not share memory with `x` or the weights"):
+        separable_conv2d(x, kernel, pointwise_inside, bias, out=shared)
+    image = np.zeros((1, 4, 4, 1), np.float32)
+    one = np.ones((1, 1, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="`out` must not share memory with `x` or the weights"):
+        prepare(one, one)(image, out=image)
+
+
+def test_bad_arguments_of_prepared_layers_are_named():
+    x, kernel, pointwise, bias, _, _ = some_arrays()
+    layer = prepare(kernel, pointwise, bias)
+    with pytest.raises(TypeError, match=r"^`x` must have the dtype of `depthwise_kernel`\. Rec"):
+        layer(x.astype(np.float64))
+    with pytest.raises(ValueError, match=r"^`x` must have 4 dimensions"):
+        layer(x[0])
+    wrong = [
+        ((kernel.astype(int), pointwise), TypeError, "`depthwise_kernel` must have one of the dty"),
+        ((kernel, pointwise.astype(float)), TypeError, "`pointwise_kernel` must have the dtype of"),
+        ((kernel, pointwise[:, :, 1:]), ValueError, "`pointwise_kernel` must have the shape"),
+        ((kernel[0], pointwise), ValueError, "`depthwise_kernel` must have 4 dimensions"),
+        ((kernel, pointwise, bias[1:]), ValueError, "`bias` must have the shape"),
+    ]
+    for weights, exception, message in wrong:
+        with pytest.raises(exception, match="^" + message):
+            prepare(*weights)
+    for name, value in (("padding", "full"), ("strides", 0), ("activation", "softmax")):
+        with pytest.raises(ValueError, match=f"^`{name}` must be"):
+            prepare(kernel, pointwise, **{name: value})
 
 
 DTYPE_RULE = "`x` must have one of the dtypes float32, float64, bfloat16, float16, in native byte"

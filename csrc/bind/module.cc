@@ -1,8 +1,11 @@
 // sepconv._native: the border between Python arrays and the core.
 //
-//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1)
+//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1,
+//           packed=None)
 //   backward(geometry, dy, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y,
 //            dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias, dtype=-1)
+//
+//   pack_pointwise(geometry, pointwise_kernel, dtype=-1) -> PackedPointwise
 //
 // `geometry` is an int64 array of the fields of `Geometry._fields`. Every other array is a
 // C-contiguous CPU buffer with the number of elements that the geometry says (its shape is not
@@ -13,6 +16,9 @@
 // bias is None exactly when the geometry has none. In `backward`, `y` may be None (it is recomputed
 // where the slope of the activation needs it) and so may each gradient (it is not computed); that
 // of an absent bias must be.
+//
+// `packed` is what `pack_pointwise` made of the same `pointwise_kernel`, for any geometry with its
+// depth and filters: a copy, which later changes of the kernel do not reach.
 //
 // `dtype` is a code of `DType` (0 float32, 1 float64, 2 bfloat16, 3 float16); -1 takes it from `x`.
 // A bfloat16 array of NumPy (ml_dtypes) crosses neither DLPack nor the buffer protocol: pass
@@ -30,6 +36,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -143,15 +150,16 @@ auto BorrowFunction(nb::handle value) -> decltype(ExchangeTable::borrow) {
 // ends.
 class CallArrays {
  public:
-  // Reads the geometry; every later size follows from it.
-  CallArrays(nb::handle geometry, nb::handle x, int64_t dtype_code) {
+  // Reads the geometry; every later size follows from it. The array of that name says the dtype.
+  CallArrays(nb::handle geometry, const char* name, nb::handle array, int64_t dtype_code)
+      : name_(name) {
     const View fields = Import<Array>("geometry", geometry);
     if (fields.dtype != kInt64)
       RaiseTypeError("geometry", "must be int64. Received: " + Describe(fields.dtype));
     CheckMemory("geometry", fields, kNumGeometryFields, alignof(int64_t));
     std::memcpy(&geometry_, fields.data, sizeof(Geometry));
 
-    element_ = x.is_none() ? kDTypes[0].dtype : Import<Array>("x", x).dtype;
+    element_ = array.is_none() ? kDTypes[0].dtype : Import<Array>(name, array).dtype;
     if (dtype_code == -1) {
       dtype_code = CodeOf(element_);
     } else if (dtype_code < 0 || dtype_code >= kNumDTypes) {
@@ -159,8 +167,8 @@ class CallArrays {
                                    std::to_string(dtype_code));
     } else if (!(element_ == kDTypes[dtype_code].dtype ||
                  (element_ == kUInt16 && kDTypes[dtype_code].dtype.bits == 16))) {
-      RaiseTypeError("x", "must hold " + std::string(kDTypes[dtype_code].name) +
-                              ". Received: " + Describe(element_));
+      RaiseTypeError(name, "must hold " + std::string(kDTypes[dtype_code].name) +
+                               ". Received: " + Describe(element_));
     }
     dtype_ = static_cast<DType>(dtype_code);
 
@@ -250,18 +258,18 @@ class CallArrays {
   void Keep(Array&& array) { inputs_[num_inputs_++] = std::move(array); }
   void Keep(WritableArray&& array) { outputs_[num_outputs_++] = std::move(array); }
 
-  static int64_t CodeOf(nb::dlpack::dtype dtype) {
+  int64_t CodeOf(nb::dlpack::dtype dtype) const {
     for (int64_t code = 0; code < kNumDTypes; ++code) {
       if (kDTypes[code].dtype == dtype) return code;
     }
-    RaiseTypeError("x",
+    RaiseTypeError(name_,
                    "must hold float32, float64, float16 or bfloat16. Received: " + Describe(dtype));
   }
 
   void CheckElements(const char* name, const View& view, int64_t size) const {
     if (view.dtype != element_) {
-      RaiseTypeError(name, "must have the dtype of `x`, " + Describe(element_) +
-                               ". Received: " + Describe(view.dtype));
+      RaiseTypeError(name, "must have the dtype of `" + std::string(name_) + "`, " +
+                               Describe(element_) + ". Received: " + Describe(view.dtype));
     }
     CheckMemory(name, view, size, ElementSize(dtype_));
   }
@@ -283,6 +291,7 @@ class CallArrays {
     }
   }
 
+  const char* name_;
   Geometry geometry_;
   nb::dlpack::dtype element_;
   DType dtype_;
@@ -327,10 +336,27 @@ void AwaitCalls() {
   }
 }
 
+// Held by Python.
+struct PyPackedPointwise {
+  std::shared_ptr<const PackedPointwise> packed;
+  int64_t depth, filters;
+  DType dtype;
+};
+
+PyPackedPointwise PyPackPointwise(nb::handle geometry, nb::handle pointwise_kernel, int64_t dtype) {
+  CallArrays arrays(geometry, "pointwise_kernel", pointwise_kernel, dtype);
+  const int64_t depth = arrays.geometry().depthwise_channels();
+  const int64_t filters = arrays.geometry().out_channels;
+  const void* matrix =
+      arrays.Input("pointwise_kernel", pointwise_kernel, arrays.sizes().pointwise_kernel);
+  const ReleasedGil released;
+  return {PackPointwise(matrix, depth, filters, arrays.dtype()), depth, filters, arrays.dtype()};
+}
+
 void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
                nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
-               nb::handle y, int64_t dtype) {
-  CallArrays arrays(geometry, x, dtype);
+               nb::handle y, int64_t dtype, const PyPackedPointwise* packed) {
+  CallArrays arrays(geometry, "x", x, dtype);
   const Geometry& g = arrays.geometry();
   const Sizes& sizes = arrays.sizes();
   ForwardArgs args;
@@ -343,6 +369,16 @@ void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
       arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
   args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
   args.y = arrays.Output("y", y, sizes.y);
+  if (packed) {
+    if (packed->depth != g.depthwise_channels() || packed->filters != g.out_channels ||
+        packed->dtype != arrays.dtype()) {
+      RaiseValueError("packed",
+                      "must have the depth, the filters and the dtype of the call. Received: " +
+                          std::to_string(packed->depth) + ", " + std::to_string(packed->filters) +
+                          ", " + kDTypes[static_cast<int64_t>(packed->dtype)].name);
+    }
+    args.packed = packed->packed.get();
+  }
   const ReleasedGil released;
   Forward(g, arrays.dtype(), args);
 }
@@ -352,7 +388,7 @@ void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle dep
                 nb::handle y, nb::handle dx, nb::handle d_depthwise_kernel,
                 nb::handle d_pointwise_kernel, nb::handle d_depthwise_bias, nb::handle d_bias,
                 int64_t dtype) {
-  CallArrays arrays(geometry, x, dtype);
+  CallArrays arrays(geometry, "x", x, dtype);
   const Geometry& g = arrays.geometry();
   const Sizes& sizes = arrays.sizes();
   BackwardArgs args;
@@ -477,7 +513,10 @@ NB_MODULE(_native, module) {
 
   module.def("forward", &PyForward, nb::arg("geometry"), nb::arg("x"), nb::arg("depthwise_kernel"),
              nb::arg("pointwise_kernel"), nb::arg("depthwise_bias").none(), nb::arg("bias").none(),
-             nb::arg("y"), nb::arg("dtype") = -1, "Fills `y`.");
+             nb::arg("y"), nb::arg("dtype") = -1, nb::arg("packed") = nb::none(), "Fills `y`.");
+  nb::class_<PyPackedPointwise>(module, "PackedPointwise");
+  module.def("pack_pointwise", &PyPackPointwise, nb::arg("geometry"), nb::arg("pointwise_kernel"),
+             nb::arg("dtype") = -1);
   module.def("backward", &PyBackward, nb::arg("geometry"), nb::arg("dy"), nb::arg("x"),
              nb::arg("depthwise_kernel"), nb::arg("pointwise_kernel"),
              nb::arg("depthwise_bias").none(), nb::arg("bias").none(), nb::arg("y").none(),

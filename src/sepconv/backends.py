@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sepconv.spec import Geometry
 
@@ -19,6 +19,8 @@ class Kernels(NamedTuple):
     """Fills the output."""
     backward: Callable[..., None]
     """Fills the gradients."""
+    pack: Callable[..., Any] | None = None
+    """Packs a pointwise kernel, for many calls of `forward`; `None` where there is none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def _native_refusal(geometry: Geometry, dtype: str) -> str | None:
 def _load_native() -> Kernels:
     from sepconv import _native
 
-    return Kernels(_native.forward, _native.backward)
+    return Kernels(_native.forward, _native.backward, _native.pack_pointwise)
 
 
 _gpu_kernels_in_use = False

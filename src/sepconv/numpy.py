@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sepconv.backends import choose
 from sepconv.spec import ConvSpec, IntOrPair, canonical_padding, canonical_pair
 
-__all__ = ["separable_conv2d", "separable_conv2d_grad"]
+__all__ = ["PreparedSeparableConv2D", "prepare", "separable_conv2d", "separable_conv2d_grad"]
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -33,6 +33,7 @@ def separable_conv2d(
     input_activation: str | None = None,
     depthwise_bias: Array | None = None,
     depthwise_activation: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Computes a depthwise-separable 2-D convolution in one pass over memory.
 
@@ -65,15 +66,17 @@ def separable_conv2d(
         input_activation: Activation of the input.
         depthwise_bias: Bias between the two stages, (channels * depth_multiplier,), or `None`.
         depthwise_activation: Activation between the two stages.
+        out: Array for the result: contiguous, of its shape and dtype, apart from all inputs in
+            memory. It saves what the system takes to hand out new memory.
 
     Returns:
-        A new array, (batch, out_height, out_width, filters) or as `data_format` says, in the dtype
-        of `x`. It is empty when the kernel just does not fit.
+        `out`, or a new array, (batch, out_height, out_width, filters) or as `data_format` says, in
+        the dtype of `x`. It is empty when the kernel just does not fit.
 
     Raises:
         TypeError: a dtype is not supported or differs from that of `x`, or an argument is not of a
             type that it can be.
-        ValueError: a shape or an argument is out of range.
+        ValueError: a shape or an argument is out of range, or `out` is not as said.
 
     Example:
         >>> import numpy as np
@@ -105,12 +108,157 @@ def separable_conv2d(
         input_activation,
         depthwise_activation,
     )
-    y = np.empty(plan.y_shape, x.dtype) if plan.y_bytes < _LARGE else _aligned(plan, x.dtype)
+    y = _empty(plan, x.dtype) if out is None else _checked_out(out, plan, x, *arrays)
     if plan.storage is None:
         plan.forward(plan.geometry, x, *arrays, y)
     else:
         plan.forward(plan.geometry, *_views(plan.storage, x, *arrays, y), plan.dtype_code)
     return y
+
+
+class PreparedSeparableConv2D:
+    """A separable convolution whose weights are packed once, for any number of calls.
+
+    `prepare` makes it. It holds copies of the weights and never changes: it may be called from
+    several threads at once, with images of any size. Its results are those of `separable_conv2d`,
+    to the bit.
+    """
+
+    __slots__ = ("_dtype", "_key", "_operands", "_packed")
+
+    def __init__(
+        self,
+        dtype: np.dtype[Any],
+        operands: tuple[Array | None, ...],
+        key: tuple[Any, ...],
+        packed: Any,
+    ) -> None:
+        self._dtype = dtype
+        self._operands = operands
+        self._key = key
+        self._packed = packed
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Computes the convolution of `x`.
+
+        Args:
+            x: Input, (batch, height, width, channels) or as `data_format` says, in the dtype of the
+                weights.
+            out: As for `separable_conv2d`.
+
+        Returns:
+            `out`, or a new array.
+
+        Raises:
+            TypeError: another dtype than that of the weights, or something that is no array.
+            ValueError: a shape is out of range, or `out` is not as `separable_conv2d` says.
+        """
+        x = _dense(x)
+        dtype, operands = self._dtype, self._operands
+        if x.dtype != dtype:
+            _raise_dtypes_differ("x", x, dtype, "depthwise_kernel")
+        plan = _plan_cached(dtype, x.shape, *self._key)
+        y = _empty(plan, dtype) if out is None else _checked_out(out, plan, x, *operands)
+        if plan.storage is None:
+            plan.forward(plan.geometry, x, *operands, y, -1, self._packed)
+        else:
+            image, result = x.view(plan.storage), y.view(plan.storage)
+            plan.forward(plan.geometry, image, *operands, result, plan.dtype_code, self._packed)
+        return y
+
+
+def prepare(
+    depthwise_kernel: Array,
+    pointwise_kernel: Array,
+    bias: Array | None = None,
+    *,
+    strides: IntOrPair = 1,
+    padding: str | Sequence[Sequence[SupportsIndex]] = "valid",
+    dilation_rate: IntOrPair = 1,
+    data_format: str = "channels_last",
+    activation: str | None = None,
+    input_activation: str | None = None,
+    depthwise_bias: Array | None = None,
+    depthwise_activation: str | None = None,
+) -> PreparedSeparableConv2D:
+    """Copies and packs the weights of a separable convolution, for many calls.
+
+    Every call of `separable_conv2d` brings the pointwise kernel into the order in which the CPU
+    reads it: with few pixels, several threads or bfloat16 that is a good part of the call. Where
+    the weights stay the same, it need be done only once.
+
+    Args:
+        depthwise_kernel: (kernel_height, kernel_width, channels, depth_multiplier).
+        pointwise_kernel: (1, 1, channels * depth_multiplier, filters).
+        bias: (filters,), or `None`.
+        strides: As for `separable_conv2d`, as are all arguments that follow.
+        padding: `"valid"`, `"same"`, or `((top, bottom), (left, right))`.
+        dilation_rate: An int, or one per direction.
+        data_format: `"channels_last"` or `"channels_first"`.
+        activation: Activation after the bias.
+        input_activation: Activation of the input.
+        depthwise_bias: Bias between the two stages, (channels * depth_multiplier,), or `None`.
+        depthwise_activation: Activation between the two stages.
+
+    Returns:
+        A function of `x`. Later changes of the arrays do not reach it.
+
+    Raises:
+        TypeError: a dtype is not supported or differs from that of `depthwise_kernel`, or an
+            argument is not of a type that it can be.
+        ValueError: a shape or an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from sepconv.numpy import prepare
+        >>> kernels = np.ones((3, 3, 1, 1), np.float32), np.ones((1, 1, 1, 2), np.float32)
+        >>> layer = prepare(*kernels, padding="same")
+        >>> layer(np.ones((1, 4, 4, 1), np.float32))[0, :, :, 1]
+        array([[4., 6., 6., 4.],
+               [6., 9., 9., 6.],
+               [6., 9., 9., 6.],
+               [4., 6., 6., 4.]], dtype=float32)
+    """
+    kernel, pointwise = _frozen(depthwise_kernel), _frozen(pointwise_kernel)
+    mid = None if depthwise_bias is None else _frozen(depthwise_bias)
+    end = None if bias is None else _frozen(bias)
+    dtype = kernel.dtype
+    _check_dtype("depthwise_kernel", dtype)
+    for name, array in (("pointwise_kernel", pointwise), ("depthwise_bias", mid), ("bias", end)):
+        if array is not None and array.dtype != dtype:
+            _raise_dtypes_differ(name, array, dtype, "depthwise_kernel")
+    spec = ConvSpec(
+        strides=strides,
+        padding=padding,
+        dilation_rate=dilation_rate,
+        data_format=data_format,
+        activation=activation,
+        input_activation=input_activation,
+        depthwise_activation=depthwise_activation,
+    )
+    end_shape = None if end is None else end.shape
+    mid_shape = None if mid is None else mid.shape
+    shapes = (kernel.shape, pointwise.shape, end_shape, mid_shape)
+    names = (spec.activation, spec.input_activation, spec.depthwise_activation)
+    # What is wrong with the weights shows on any image, as this one, in which every kernel fits.
+    channels = (*kernel.shape, 1, 1, 1)[2]
+    plan = _plan(
+        dtype,
+        (1, 1, 1, channels),
+        *shapes,
+        spec.strides,
+        "same",
+        spec.dilation_rate,
+        "channels_last",
+        *names,
+    )
+    key = (*shapes, spec.strides, spec.padding, spec.dilation_rate, spec.data_format, *names)
+    weights = (kernel, pointwise, mid, end)
+    operands = weights if plan.storage is None else tuple(_views(plan.storage, *weights))
+    packed = None
+    if plan.pack is not None:
+        packed = plan.pack(plan.geometry, operands[1], plan.dtype_code)
+    return PreparedSeparableConv2D(dtype, operands, key, packed)
 
 
 def separable_conv2d_grad(
@@ -223,6 +371,7 @@ class _Plan(NamedTuple):
     y_bytes: int
     forward: Callable[..., None]
     backward: Callable[..., None]
+    pack: Callable[..., Any] | None
     storage: type[np.uint16] | None
     """The integers that carry a dtype which has no buffer protocol, bfloat16."""
     dtype_code: int
@@ -307,7 +456,7 @@ def _plan(
     input_activation: str | None,
     depthwise_activation: str | None,
 ) -> _Plan:
-    _check_dtype(dtype)
+    _check_dtype("x", dtype)
     spec = ConvSpec(
         strides=strides,
         padding=padding,
@@ -329,6 +478,7 @@ def _plan(
         y_bytes=math.prod(geometry.y_shape) * dtype.itemsize,
         forward=kernels.forward,
         backward=kernels.backward,
+        pack=kernels.pack,
         storage=np.uint16 if dtype.name == "bfloat16" else None,
         dtype_code=_DTYPE_CODES[dtype.name],
     )
@@ -344,36 +494,71 @@ def _dense(array: Any) -> Array:
     return np.require(array, requirements=("C", "A", "E"))
 
 
+def _frozen(array: Any) -> Array:
+    """Returns a copy that nobody else has, contiguous and read-only."""
+    copy = np.array(array, order="C", copy=True)
+    copy.flags.writeable = False
+    return copy
+
+
 # From here on the microsecond that alignment takes is less than it saves.
 _LARGE = 1 << 16
 _CACHE_LINE = 64
 
 
-def _aligned(plan: _Plan, dtype: np.dtype[Any]) -> Array:
-    """Returns an empty output that starts at a cache line.
+def _empty(plan: _Plan, dtype: np.dtype[Any]) -> Array:
+    """Returns an empty output; one of some size starts at a cache line.
 
     Vectors then cross no line, neither here nor where the next layer reads them (up to 7 %).
     """
+    if plan.y_bytes < _LARGE:
+        return np.empty(plan.y_shape, dtype)
     memory = np.empty(plan.y_bytes + _CACHE_LINE, np.uint8)
     return np.ndarray(plan.y_shape, dtype, memory, -memory.ctypes.data % _CACHE_LINE)
+
+
+def _checked_out(out: Any, plan: _Plan, x: Array, *weights: Array | None) -> Array:
+    """Returns `out` if the output may be written there."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"`out` must be an array of NumPy. Received: {type(out).__name__}")
+    if out.dtype != x.dtype:
+        _raise_dtypes_differ("out", out, x.dtype)
+    if out.shape != plan.y_shape:
+        raise ValueError(
+            f"`out` must have the shape of the output, {plan.y_shape}. "
+            f"Received: out.shape={out.shape}"
+        )
+    if not out.flags.carray:
+        raise ValueError(
+            "`out` must be contiguous, aligned and writable. Received: "
+            f"strides={out.strides}, aligned={out.flags.aligned}, writable={out.flags.writeable}"
+        )
+    for array in (x, *weights):
+        if array is not None and np.may_share_memory(out, array):
+            raise ValueError(
+                "`out` must not share memory with `x` or the weights. Received: an array that does"
+            )
+    return out
 
 
 def _views(dtype: npt.DTypeLike, *arrays: Array | None) -> list[Array | None]:
     return [None if array is None else array.view(dtype) for array in arrays]
 
 
-def _check_dtype(dtype: np.dtype[Any]) -> None:
+def _check_dtype(argument: str, dtype: np.dtype[Any]) -> None:
     if dtype.name not in _DTYPE_CODES or not dtype.isnative:
         known = ", ".join(_DTYPE_CODES)
         raise TypeError(
-            f"`x` must have one of the dtypes {known}, in native byte order. "
-            f"Received: x.dtype={dtype}"
+            f"`{argument}` must have one of the dtypes {known}, in native byte order. "
+            f"Received: {argument}.dtype={dtype}"
         )
 
 
-def _raise_dtypes_differ(argument: str, array: Array, dtype: np.dtype[Any]) -> NoReturn:
-    _check_dtype(dtype)
+def _raise_dtypes_differ(
+    argument: str, array: Array, dtype: np.dtype[Any], other: str = "x"
+) -> NoReturn:
+    _check_dtype(other, dtype)
     raise TypeError(
-        f"`{argument}` must have the dtype of `x`. "
-        f"Received: {argument}.dtype={array.dtype}, x.dtype={dtype}"
+        f"`{argument}` must have the dtype of `{other}`. "
+        f"Received: {argument}.dtype={array.dtype}, {other}.dtype={dtype}"
     )

@@ -116,7 +116,7 @@ def measure_and_report(
         console: Where progress and tables go.
         csv: Where the results go.
         page: Where the page goes; `None` for none.
-        door: Our door that ratios refer to; by default the first of the plan.
+        door: Our door that ratios refer to; by default the first one with a time.
 
     Raises:
         RuntimeError: a door of ours fails or is wrong.
@@ -180,7 +180,7 @@ def report(
         runs: Of one machine, at least one.
         console: Where the tables go.
         page: Where the page goes; `None` for none.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
         command: How the page was made, to be told on it.
 
     Raises:

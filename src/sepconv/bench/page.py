@@ -67,7 +67,7 @@ def write_page(path: Path, run: Run, door: str | None = None, *, command: str = 
         path: Ends in one of `FORMATS`; folders are made. The plots of a Markdown page go to a
             folder beside it that has its name.
         run: The run.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
         command: How to make the page, to be told on it.
 
     Raises:

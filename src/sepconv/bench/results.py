@@ -178,16 +178,16 @@ def cases_of(results: Iterable[Result], door: str | None = None) -> list[Case]:
 
     Args:
         results: Of one or more runs.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
     """
     together: dict[tuple[Setting, str], list[Result]] = {}
     for result in results:
         together.setdefault((result.setting, result.label), []).append(result)
-    door = door or next((r.candidate for here in together.values() for r in here if r.ours), None)
     cases = []
     for (setting, label), here in together.items():
         timed = {result.candidate: result for result in here if result.is_timed}
-        ours = timed.pop(door or "", None)
+        first = door or next((name for name, result in timed.items() if result.ours), "")
+        ours = timed.pop(first, None)
         notes = {result.candidate: result.note for result in here if result.note}
         if ours is not None:
             cases.append(Case(label, setting, ours, timed, notes))

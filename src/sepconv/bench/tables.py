@@ -45,7 +45,7 @@ def cases_by_setting(run: Run, door: str | None = None) -> list[list[Case]]:
 
     Args:
         run: The run.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
     """
     together: dict[object, list[Case]] = {}
     for case in cases_of(run.results, door):
@@ -58,7 +58,7 @@ def case_tables(run: Run, door: str | None = None) -> list[Table]:
 
     Args:
         run: The run.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
     """
     return [_case_table(cases) for cases in cases_by_setting(run, door)]
 
@@ -91,12 +91,12 @@ def summary_tables(run: Run, door: str | None = None) -> list[Table]:
 
     Args:
         run: The run.
-        door: Our door that ratios refer to; by default the first one that occurs.
+        door: Our door that ratios refer to; by default the first one with a time.
     """
     groups = cases_by_setting(run, door)
     if not groups:
         return []
-    ours = groups[0][0].ours.candidate
+    ours = " or ".join(dict.fromkeys(cases[0].ours.candidate for cases in groups))
     means, slower = [], []
     for cases in groups:
         setting = str(cases[0].setting)

@@ -25,7 +25,7 @@ def forget() -> None:
 
 def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -> Ready:
     """Makes the door ready; see `sepconv.bench.engines`."""
-    from sepconv.numpy import separable_conv2d, separable_conv2d_grad
+    from sepconv import numpy as door
 
     reason = backends.why_not(problem.geometry, problem.dtype)
     if reason is not None:
@@ -46,12 +46,20 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
     weights = [cast(weight) for weight in problem.weights]
     inputs = itertools.cycle([(cast(problem.x), cast(problem.dy)) for _ in range(copies)])
 
+    layer = door.prepare(*weights, **keywords)
+    out = cast(np.empty(problem.geometry.y_shape))
+
+    def prepared() -> list[Any]:
+        return [layer(next(inputs)[0], out=out)]
+
     def forward() -> list[Any]:
-        return [separable_conv2d(next(inputs)[0], *weights, **keywords)]
+        return [door.separable_conv2d(next(inputs)[0], *weights, **keywords)]
 
     def training() -> list[Any]:
         x, dy = next(inputs)
-        y = separable_conv2d(x, *weights, **keywords)
-        return [y, *separable_conv2d_grad(dy, x, *weights, **keywords)]
+        y = door.separable_conv2d(x, *weights, **keywords)
+        return [y, *door.separable_conv2d_grad(dy, x, *weights, **keywords)]
 
-    return Ready(forward if mode == MODES[0] else training, list)
+    if mode != MODES[0]:
+        return Ready(training, list)
+    return Ready(prepared if name.endswith("prepared") else forward, list)

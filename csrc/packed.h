@@ -1,0 +1,24 @@
+// A pointwise kernel that was packed for many forward calls.
+#ifndef SEPCONV_PACKED_H_
+#define SEPCONV_PACKED_H_
+
+#include <cstdint>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "sepconv.h"
+
+namespace sepconv {
+
+struct PackedPointwise {
+  const Target& target;
+  DType dtype;
+  int64_t depth, filters;
+  bool pairs;             // of bfloat16, in place of elements of the compute type
+  uint16_t least_weight;  // of the pairs; see PairKernels
+  Buffer data;            // panel[depth or pairs][width], as Panels cuts them
+};
+
+}  // namespace sepconv
+
+#endif  // SEPCONV_PACKED_H_
