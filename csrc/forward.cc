@@ -30,6 +30,13 @@ int64_t TilePixels(const Problem<S>& p) {
   return std::clamp(pixels, p.kernels.rows, kForwardMaxPixels);
 }
 
+// What was written past the caches is seen by whoever this thread tells of it from here on.
+void StreamsArrive() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <typename S>
 class ForwardLoop {
  public:
@@ -89,7 +96,14 @@ class ForwardLoop {
     parts_ = std::min(panels_.count(), CeilDiv(threads_, tiles_));
     packs_two_ = packs_in_time_ && tiles_ == 1;
 
+    activation_ = gradient_.dz ? Activation::kLinear : p_.activation();
+    clamps_ = activation_ == Activation::kRelu || activation_ == Activation::kRelu6;
     direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
+    // Whole lines of memory, none of which is read again here.
+    const int64_t row_bytes = p_.filters * element;
+    streams_ = direct_y_ && (clamps_ || activation_ == Activation::kLinear) &&
+               p_.pixels * row_bytes > kStreamOutputBytes && row_bytes % kCacheLineBytes == 0 &&
+               reinterpret_cast<uintptr_t>(y_) % kCacheLineBytes == 0;
     staged_columns_ = g.in_width;
     strip_ = StripChannels();
     keeps_rows_ = strip_ == p_.depth && tile_pixels_ >= g.out_width;
@@ -108,6 +122,7 @@ class ForwardLoop {
             {"input_in_place", p_.rows_in_place},
             {"strip_channels", strip_},
             {"output_in_place", direct_y_},
+            {"output_past_caches", streams_},
             {"dot_of_pairs", pairs_ != nullptr}};
   }
 
@@ -168,6 +183,7 @@ class ForwardLoop {
       const Stretch fetch = NewRows((task + parts_) / parts_ * tile_pixels_);
       PointwiseTile(begin, end, panels_.count() * part / parts_,
                     panels_.count() * (part + 1) / parts_, fetch, scratch);
+      if (streams_) StreamsArrive();
     });
     Least least;
     for (int64_t worker = 0; worker < threads_; ++worker) {
@@ -323,9 +339,8 @@ class ForwardLoop {
                      Stretch fetch, const Scratch& scratch) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     // relu and relu6 are clamps, which the micro-kernel applies to its registers.
-    const Activation activation = gradient_.dz ? Activation::kLinear : p_.activation();
-    const bool clamps = activation == Activation::kRelu || activation == Activation::kRelu6;
-    const T low = clamps ? 0 : -kInfinity, high = activation == Activation::kRelu6 ? 6 : kInfinity;
+    const T low = clamps_ ? 0 : -kInfinity,
+            high = activation_ == Activation::kRelu6 ? 6 : kInfinity;
     const int64_t pixels = end - begin;
     const T* a = pairs_ ? scratch.pair_tile : scratch.tile;
     const int64_t a_stride = pairs_ ? pair_stride_ : depth_stride_;
@@ -385,6 +400,7 @@ class ForwardLoop {
         gemm.ahead_stride = panels_.width(panel + 1) * static_cast<int64_t>(sizeof(T));
         gemm.ahead_row_bytes = gemm.ahead_stride;
       }
+      gemm.streams = streams_;
       gemm.fetch = fetch.data;
       gemm.fetch_bytes = std::min(share, fetch.bytes);
       if constexpr (std::is_same_v<S, BFloat16>) {
@@ -394,8 +410,8 @@ class ForwardLoop {
       }
       fetch.data += gemm.fetch_bytes;
       fetch.bytes -= gemm.fetch_bytes;
-      if (activation != Activation::kLinear && !clamps) {
-        p_.kernels.activate(activation, out, pixels, count, out_stride);
+      if (activation_ != Activation::kLinear && !clamps_) {
+        p_.kernels.activate(activation_, out, pixels, count, out_stride);
       }
       if (gradient_.dz) {
         LoadPixels(p_, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
@@ -428,6 +444,9 @@ class ForwardLoop {
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
   // packs_in_time_: the first tile packs each panel just before it uses it; packs_two_: there is no
   // other tile, and a panel's memory serves again.
+  // streams_: y goes past the caches.
+  Activation activation_ = Activation::kLinear;
+  bool clamps_ = false, streams_ = false;
   bool direct_y_ = false, packs_in_time_ = false, packs_two_ = false, keeps_rows_ = false;
   T* packed_ = nullptr;
 };

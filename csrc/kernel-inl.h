@@ -111,6 +111,38 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
   }
 }
 
+// The sums of a register tile, with bias and clamp, to C.
+template <typename T, int kRows, int kVectors, bool kStreams>
+SEPCONV_INLINE void FinishRows(const GemmArgs<T>& g, const Vec<T> (&sum)[kRows][kVectors], T* c) {
+  constexpr int kL = kLanes<T>;
+  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
+  Vec<T> bias[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    bias[v] = !g.bias                          ? Vec<T>{}
+              : v + 1 < kVectors || last == kL ? Load(g.bias + v * kL)
+                                               : LoadFirst(g.bias + v * kL, last);
+  }
+  const Vec<T> low = Set(g.low), high = Set(g.high);
+  const bool clamps = g.low > -std::numeric_limits<T>::infinity();
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    T* to = c + r * g.c_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<T> value = sum[r][v] + bias[v];
+      if (clamps) value = AtMost(AtLeast(value, low), high);
+      if constexpr (kStreams) {
+        Stream(to + v * kL, value);
+      } else if (v + 1 < kVectors || last == kL) {
+        Store(to + v * kL, value);
+      } else {
+        StoreFirst(to + v * kL, last, value);
+      }
+    }
+  }
+}
+
 // One register tile. kRows x kVectors accumulators run over the whole depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
 template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
@@ -153,28 +185,10 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
     }
     return;
   }
-  Vec<T> bias[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    bias[v] = !g.bias                          ? Vec<T>{}
-              : v + 1 < kVectors || last == kL ? Load(g.bias + v * kL)
-                                               : LoadFirst(g.bias + v * kL, last);
-  }
-  const Vec<T> low = Set(g.low), high = Set(g.high);
-  const bool clamps = g.low > -std::numeric_limits<T>::infinity();
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    T* to = c + r * g.c_stride;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Vec<T> value = sum[r][v] + bias[v];
-      if (clamps) value = AtMost(AtLeast(value, low), high);
-      if (v + 1 < kVectors || last == kL) {
-        Store(to + v * kL, value);
-      } else {
-        StoreFirst(to + v * kL, last, value);
-      }
-    }
+  if (g.streams) {
+    FinishRows<T, kRows, kVectors, true>(g, sum, c);
+  } else {
+    FinishRows<T, kRows, kVectors, false>(g, sum, c);
   }
 }
 

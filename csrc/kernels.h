@@ -35,6 +35,8 @@ struct GemmArgs {
   // So many bytes of memory from here on are fetched into L2 meanwhile.
   const char* fetch = nullptr;
   int64_t fetch_bytes = 0;
+  // C is made of whole aligned vectors and is written past the caches. Not where it accumulates.
+  bool streams = false;
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,

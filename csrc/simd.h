@@ -39,6 +39,21 @@ SEPCONV_INLINE void Store(T* to, Vec<T> value) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
 }
 
+// To whole vectors of memory that is not read soon, past the caches where there is an instruction
+// for it; see StreamsArrive.
+#if defined(SEPCONV_SIMD_AVX512)
+SEPCONV_INLINE void Stream(float* to, Vec<float> value) { _mm512_stream_ps(to, value); }
+SEPCONV_INLINE void Stream(double* to, Vec<double> value) { _mm512_stream_pd(to, value); }
+#elif defined(SEPCONV_SIMD_AVX2)
+SEPCONV_INLINE void Stream(float* to, Vec<float> value) { _mm256_stream_ps(to, value); }
+SEPCONV_INLINE void Stream(double* to, Vec<double> value) { _mm256_stream_pd(to, value); }
+#else
+template <typename T>
+SEPCONV_INLINE void Stream(T* to, Vec<T> value) {
+  Store(to, value);
+}
+#endif
+
 template <typename T, size_t... I>
 SEPCONV_INLINE Vec<T> SetLanes(T value, std::index_sequence<I...>) {
   return Vec<T>{((void)I, value)...};

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import goldens
@@ -352,6 +353,42 @@ for problem in THREADED:
                 results.append([array.tobytes() for array in outputs])
         assert all(result == results[0] for result in results), (problem, dtype)
 """
+
+
+# One of 8.8 MB goes past the caches where it starts at a cache line, and then has lanes of its own.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["relu6", "silu"])
+@pytest.mark.usefixtures("restore_threads")
+def test_large_outputs_are_the_same_wherever_they_start(target, dtype, activation):
+    filters = 16 if dtype == "float32" else 8
+    spec = ConvSpec(padding="same", activation=activation)
+    problem = Problem(spec, 1, 370, 371, 2, 1, (3, 3), filters, seed=3)
+    g, (x, *weights, _, _) = problem.geometry, problem.arrays(DTYPES[dtype])
+    flat, count = np.array(g, np.int64), math.prod(g.y_shape)
+    assert count * DTYPES[dtype].itemsize > 8 << 20
+    guard = 64 // DTYPES[dtype].itemsize
+    results = []
+    for threads in (1, 3):
+        for start in (0, 1):
+            sepconv.set_num_threads(threads)
+            buffer = np.full(count + 4 * guard, np.nan, DTYPES[dtype])
+            begin = guard + (-buffer.ctypes.data % 64) // buffer.itemsize + start
+            y = buffer[begin : begin + count]
+            _native.forward(flat, x, *weights[:2], None, weights[2], y)
+            assert np.isnan(buffer[:begin]).all()
+            assert np.isnan(buffer[begin + count :]).all()
+            results.append(y.tobytes())
+    assert len(set(results)) == 1
+    # The first rows do not see that the image goes on.
+    rows = 8
+    small = replace(problem, height=rows + 1)
+    y_bound, _ = reference.error_bounds(
+        small.geometry, dtype, small.arrays(DTYPES[dtype]).dy, x[:, : rows + 1], *weights
+    )
+    truth = reference.forward(small.geometry, x[:, : rows + 1], *weights)
+    goldens.assert_within(y.reshape(g.y_shape)[:, :rows], truth[:, :rows], y_bound[:, :rows], "y")
+    plan = _native.plan([*g], dtype, False)
+    assert plan["output_past_caches"] == (activation == "relu6")
 
 
 def test_results_do_not_depend_on_the_float_mode_of_the_caller():

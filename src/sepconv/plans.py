@@ -177,7 +177,8 @@ class Explanation:
             f"{plan['panel_filters']} filters, {weights}",
             f"  input: {self._input_line(plan['input_in_place'])}",
             "  output: "
-            + ("written in place" if plan["output_in_place"] else "through a panel in the cache"),
+            + ("written in place" if plan["output_in_place"] else "through a panel in the cache")
+            + (", past the caches" if plan["output_past_caches"] else ""),
         ]
 
     def _backward_lines(self) -> list[str]:
