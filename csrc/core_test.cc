@@ -410,12 +410,16 @@ struct Run {
       Store(array, dtype, i, values[i]);
   }
 
-  void RunForward(const PackedPointwise* packed = nullptr) {
-    Forward(g, dtype,
-            {x.data(), depthwise_kernel.data(), pointwise_kernel.data(),
-             g.has_depthwise_bias ? depthwise_bias.data() : nullptr,
-             g.has_bias ? bias.data() : nullptr, y.data(), packed});
+  ForwardArgs Args() {
+    return {x.data(),
+            depthwise_kernel.data(),
+            pointwise_kernel.data(),
+            g.has_depthwise_bias ? depthwise_bias.data() : nullptr,
+            g.has_bias ? bias.data() : nullptr,
+            y.data()};
   }
+
+  void RunForward() { Forward(g, dtype, Args()); }
 
   void RunBackward(bool with_y) {
     Backward(
@@ -531,12 +535,11 @@ void CheckCase(const std::string& name, const Geometry& g, DType dtype) {
   }
 
   // Weights that were packed before, on as few and on more threads.
-  const auto packed =
-      PackPointwise(run.pointwise_kernel.data(), g.depthwise_channels(), g.out_channels, dtype);
+  const auto packed = PackWeights(g, dtype, run.Args());
   for (const int64_t threads : {1, 3}) {
     SetNumThreads(threads);
     Run again(g, dtype, in);
-    again.RunForward(packed.get());
+    ForwardPacked(g, *packed, again.x.data(), again.y.data());
     again.RunBackward(true);
     Check(again.OutputBytes() == first, what + " differs with packed weights");
   }

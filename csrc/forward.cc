@@ -30,13 +30,6 @@ int64_t TilePixels(const Problem<S>& p) {
   return std::clamp(pixels, p.kernels.rows, kForwardMaxPixels);
 }
 
-// What was written past the caches is seen by whoever this thread tells of it from here on.
-void StreamsArrive() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 template <typename S>
 class ForwardLoop {
  public:

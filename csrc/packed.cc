@@ -1,53 +1,111 @@
 #include "packed.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
+#include "sepconv.h"
 #include "tiles.h"
 
 namespace sepconv {
 namespace {
 
 template <typename S>
-std::shared_ptr<const PackedPointwise> Pack(const S* matrix, int64_t depth, int64_t filters,
-                                            DType dtype) {
+PackedPointwise* Pack(const void* data, int64_t depth, int64_t filters) {
   using T = ComputeType<S>;
+  const S* matrix = static_cast<const S*>(data);
   const Target& target = CurrentTargetTable();
   const Panels panels(filters, KernelsOf<T>(target));
   const bool pairs = std::is_same_v<S, BFloat16> && target.pairs;
   const int64_t rows = pairs ? CeilDiv(depth, 2) : depth;
-  const int64_t bytes = rows * panels.packed_columns() * static_cast<int64_t>(sizeof(T));
-  // Not by make_shared, which would have to move the memory.
-  std::shared_ptr<PackedPointwise> packed(
-      new PackedPointwise{target, dtype, depth, filters, pairs, 0xffff, Buffer(bytes)});
-  T* data = packed->data.As<T>();
+  auto* packed = new PackedPointwise{target, pairs, 0xffff,
+                                     Buffer(rows * panels.packed_columns() * int64_t{sizeof(T)})};
+  T* to = packed->data.template As<T>();
   if constexpr (std::is_same_v<S, BFloat16>) {
     for (int64_t panel = 0; pairs && panel < panels.count(); ++panel) {
       packed->least_weight = std::min(
           packed->least_weight,
-          PackPairsOfPanel(*target.pairs, matrix, depth, filters, 0, depth, panels, panel, data));
+          PackPairsOfPanel(*target.pairs, matrix, depth, filters, 0, depth, panels, panel, to));
     }
   }
-  if (!pairs) PackPanels<S>(CopiesOf<S>(target), matrix, depth, filters, 0, depth, panels, 0, data);
+  if (!pairs) PackPanels<S>(CopiesOf<S>(target), matrix, depth, filters, 0, depth, panels, 0, to);
   return packed;
+}
+
+PackedPointwise* Pack(const void* data, int64_t depth, int64_t filters, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return Pack<float>(data, depth, filters);
+    case DType::kFloat64:
+      return Pack<double>(data, depth, filters);
+    case DType::kBFloat16:
+      return Pack<BFloat16>(data, depth, filters);
+    case DType::kFloat16:
+      return Pack<Float16>(data, depth, filters);
+  }
+  return nullptr;
+}
+
+// Elements of each of the weights, absent ones included.
+std::array<int64_t, 4> SizesOfWeights(const Geometry& g) {
+  const int64_t depth = g.depthwise_channels();
+  return {g.kernel_height * g.kernel_width * depth, depth * g.out_channels, depth, g.out_channels};
 }
 
 }  // namespace
 
-std::shared_ptr<const PackedPointwise> PackPointwise(const void* pointwise_kernel, int64_t depth,
-                                                     int64_t filters, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return Pack(static_cast<const float*>(pointwise_kernel), depth, filters, dtype);
-    case DType::kFloat64:
-      return Pack(static_cast<const double*>(pointwise_kernel), depth, filters, dtype);
-    case DType::kBFloat16:
-      return Pack(static_cast<const BFloat16*>(pointwise_kernel), depth, filters, dtype);
-    case DType::kFloat16:
-      return Pack(static_cast<const Float16*>(pointwise_kernel), depth, filters, dtype);
-  }
-  return nullptr;
+struct PackedWeights {
+  Geometry geometry;
+  DType dtype;
+  Buffer copies;
+  ForwardArgs args;  // without x and y
+  std::unique_ptr<const PackedPointwise> pointwise;
+};
+
+std::shared_ptr<const PackedWeights> PackWeights(const Geometry& geometry, DType dtype,
+                                                 const ForwardArgs& weights) {
+  const std::array<int64_t, 4> sizes = SizesOfWeights(geometry);
+  int64_t bytes = 0;
+  for (const int64_t size : sizes) bytes += RoundUp(size * ElementSize(dtype), kBufferAlignment);
+  // Not by make_shared, which would have to move the memory.
+  std::shared_ptr<PackedWeights> packed(
+      new PackedWeights{geometry, dtype, Buffer(bytes), ForwardArgs(), nullptr});
+  char* to = packed->copies.As<char>();
+  const auto copy = [&](const void* from, int64_t size) -> const void* {
+    if (!from) return nullptr;
+    const char* begin = to;
+    std::memcpy(to, from, static_cast<size_t>(size * ElementSize(dtype)));
+    to += RoundUp(size * ElementSize(dtype), kBufferAlignment);
+    return begin;
+  };
+  ForwardArgs& args = packed->args;
+  args.depthwise_kernel = copy(weights.depthwise_kernel, sizes[0]);
+  args.pointwise_kernel = copy(weights.pointwise_kernel, sizes[1]);
+  args.depthwise_bias = copy(weights.depthwise_bias, sizes[2]);
+  args.bias = copy(weights.bias, sizes[3]);
+  packed->pointwise.reset(
+      Pack(args.pointwise_kernel, geometry.depthwise_channels(), geometry.out_channels, dtype));
+  args.packed = packed->pointwise.get();
+  return packed;
+}
+
+DType DTypeOf(const PackedWeights& weights) { return weights.dtype; }
+
+bool Fit(const PackedWeights& weights, const Geometry& g) {
+  const Geometry& packed = weights.geometry;
+  return g.kernel_height == packed.kernel_height && g.kernel_width == packed.kernel_width &&
+         g.in_channels == packed.in_channels && g.depth_multiplier == packed.depth_multiplier &&
+         g.out_channels == packed.out_channels &&
+         g.has_depthwise_bias == packed.has_depthwise_bias && g.has_bias == packed.has_bias;
+}
+
+void ForwardPacked(const Geometry& geometry, const PackedWeights& weights, const void* x, void* y) {
+  ForwardArgs args = weights.args;
+  args.x = x;
+  args.y = y;
+  Forward(geometry, weights.dtype, args);
 }
 
 }  // namespace sepconv

@@ -202,6 +202,12 @@ void RunTasks(int64_t num_tasks, int64_t num_threads, TaskPointer task, void* co
 }
 }  // namespace internal
 
+void StreamsArrive() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 void SetNumThreads(int64_t num_threads) { chosen_num_threads = std::max<int64_t>(0, num_threads); }
 
 int64_t GetNumThreads() {

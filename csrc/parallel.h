@@ -30,6 +30,10 @@ void ParallelFor(int64_t num_tasks, int64_t num_threads, Body&& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Of a task that wrote past the caches, at its end: whoever hears that the task is done sees what
+// it wrote.
+void StreamsArrive();
+
 }  // namespace sepconv
 
 #endif  // SEPCONV_PARALLEL_H_

@@ -95,14 +95,7 @@ struct Sizes {
 // wrap.
 std::string Validate(const Geometry& geometry, DType dtype, Sizes* sizes);
 
-// A pointwise kernel in the order in which the forward pass of one target reads it. Calls of any
-// image size, on any number of threads, may share it; their results are those without it, to the
-// bit.
 struct PackedPointwise;
-
-// Packs [depth][filters], neither zero, for the target in force. Throws std::bad_alloc.
-std::shared_ptr<const PackedPointwise> PackPointwise(const void* pointwise_kernel, int64_t depth,
-                                                     int64_t filters, DType dtype);
 
 // Arrays of a forward call: dense, in the layout of the geometry. Absent biases are null.
 struct ForwardArgs {
@@ -112,9 +105,7 @@ struct ForwardArgs {
   const void* depthwise_bias;    // [in_channels * depth_multiplier] or null
   const void* bias;              // [out_channels] or null
   void* y;
-  // Of the same `pointwise_kernel` and dtype, or null. What was packed for another target is not
-  // used.
-  const PackedPointwise* packed = nullptr;
+  const PackedPointwise* packed = nullptr;  // of `pointwise_kernel`, or null; see PackWeights
 };
 
 // Arrays of a backward call. `y` may be null: it is then recomputed where the slope of the
@@ -139,6 +130,18 @@ struct BackwardArgs {
 // number of threads.
 void Forward(const Geometry& geometry, DType dtype, const ForwardArgs& args);
 void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args);
+
+// Copies of the weights of many forward calls, with the pointwise kernel in the order in which the
+// forward pass of the target in force reads it. Any number of threads may use them at once.
+struct PackedWeights;
+// Of a geometry that passed Validate; x and y are not looked at. Throws std::bad_alloc.
+std::shared_ptr<const PackedWeights> PackWeights(const Geometry& geometry, DType dtype,
+                                                 const ForwardArgs& weights);
+DType DTypeOf(const PackedWeights& weights);
+// Whether calls of this geometry have weights of these sizes.
+bool Fit(const PackedWeights& weights, const Geometry& geometry);
+// Forward with them, which must fit: the same results, to the bit.
+void ForwardPacked(const Geometry& geometry, const PackedWeights& weights, const void* x, void* y);
 
 // True when the slope of the activation follows from its output, so that saving `y` spares
 // recomputing it.

@@ -241,32 +241,55 @@ def test_any_forward_call_computes_or_is_refused(data):
 
 @MANY
 @given(data=st.data())
-def test_any_pointwise_kernel_is_packed_or_refused(data):
-    check(data.draw, _native.pack_pointwise, ("pointwise_kernel",), (), "", most=LIMIT)
+def test_any_weights_are_packed_or_refused(data):
+    check(data.draw, _native.pack, INPUTS[1:], (), "", most=LIMIT)
 
 
-@given(small=st.tuples(*[st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(0, 3))] * 2))
-def test_a_packed_kernel_serves_the_calls_that_it_fits(small):
-    def call_of(channels: int, filters: int, code: int) -> tuple[Any, list[np.ndarray]]:
-        g = Geometry(*UNIT)._replace(in_channels=channels, out_channels=filters)
-        element = next(e for e, c in ELEMENTS if c == code)
-        sizes = sizes_of(g)
-        names = ("x", "depthwise_kernel", "pointwise_kernel", "y")
-        return np.array(g, np.int64), [np.ones(sizes[name], element) for name in names]
-
-    flat, (_, _, pointwise, _) = call_of(*small[0])
-    other, (x, depthwise, matrix, y) = call_of(*small[1])
-    packed = _native.pack_pointwise(flat, pointwise, small[0][2])
-    fits = small[0] == small[1]
-    with nullcontext() if fits else pytest.raises(ValueError, match="`packed` must have the depth"):
-        _native.forward(other, x, depthwise, matrix, None, None, y, small[1][2], packed)
+OF_WEIGHTS = (
+    "kernel_height",
+    "kernel_width",
+    "in_channels",
+    "depth_multiplier",
+    "out_channels",
+    "has_depthwise_bias",
+    "has_bias",
+)
 
 
-@pytest.mark.parametrize("packed", [1, "text", object(), np.zeros(1, np.float32)])
-def test_only_a_packed_kernel_is_taken_for_one(packed):
+@MANY
+@given(data=st.data())
+def test_any_call_with_packed_weights_computes_or_is_refused(data):
+    small = st.builds(
+        Geometry, **{n: st.integers(low, min(high, low + 2)) for n, (low, high) in RANGES.items()}
+    )
+    packed_for, g = data.draw(small), data.draw(small)
+    element, code = data.draw(st.sampled_from(ELEMENTS))
+    if data.draw(st.booleans()):
+        g = g._replace(**{name: getattr(packed_for, name) for name in OF_WEIGHTS})
+    legal = all(getattr(packed_for, name) == getattr(g, name) for name in OF_WEIGHTS)
+    weights = {
+        name: np.ones(sizes_of(packed_for)[name], element)
+        for name in INPUTS[1:]
+        if getattr(packed_for, f"has_{name}", 1)
+    }
+    packed = _native.pack(np.array(packed_for), **(dict.fromkeys(INPUTS[1:]) | weights), dtype=code)
+
+    buffers = Buffers(element)
+    arrays: dict[str, Any] = {n: buffers.array(sizes_of(g)[n], n == "y") for n in ("x", "y")}
+    fault = data.draw(st.sampled_from([None, *FAULTS]))
+    if fault:
+        legal, name = False, data.draw(st.sampled_from([*arrays]))
+        arrays[name] = spoiled(data.draw, arrays[name], fault, name == "y", False)
+    with nullcontext() if legal else pytest.raises((ValueError, TypeError), match=REASON):
+        _native.forward_packed(np.array(g), arrays["x"], packed, arrays["y"])
+    assert buffers.intact(outputs_too=not legal), "written where nothing may be"
+
+
+@pytest.mark.parametrize("weights", [None, 1, "text", object(), np.zeros(1, np.float32)])
+def test_only_packed_weights_are_taken_for_them(weights):
     one = np.ones(1, np.float32)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _native.forward(np.array(UNIT), one, one, one, None, None, one.copy(), -1, packed)
+        _native.forward_packed(np.array(UNIT), one, weights, one.copy())
 
 
 @MANY

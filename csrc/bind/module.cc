@@ -1,11 +1,12 @@
 // sepconv._native: the border between Python arrays and the core.
 //
-//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1,
-//           packed=None)
+//   forward(geometry, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y, dtype=-1)
 //   backward(geometry, dy, x, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, y,
 //            dx, d_depthwise_kernel, d_pointwise_kernel, d_depthwise_bias, d_bias, dtype=-1)
 //
-//   pack_pointwise(geometry, pointwise_kernel, dtype=-1) -> PackedPointwise
+//   pack(geometry, depthwise_kernel, pointwise_kernel, depthwise_bias, bias, dtype=-1)
+//       -> PackedWeights
+//   forward_packed(geometry, x, weights, y)
 //
 // `geometry` is an int64 array of the fields of `Geometry._fields`. Every other array is a
 // C-contiguous CPU buffer with the number of elements that the geometry says (its shape is not
@@ -17,8 +18,8 @@
 // where the slope of the activation needs it) and so may each gradient (it is not computed); that
 // of an absent bias must be.
 //
-// `packed` is what `pack_pointwise` made of the same `pointwise_kernel`, for any geometry with its
-// depth and filters: a copy, which later changes of the kernel do not reach.
+// `pack` copies the weights of many forward calls, which may have other images than its geometry.
+// `forward_packed` is `forward` with them; its results are the same.
 //
 // `dtype` is a code of `DType` (0 float32, 1 float64, 2 bfloat16, 3 float16); -1 takes it from `x`.
 // A bfloat16 array of NumPy (ml_dtypes) crosses neither DLPack nor the buffer protocol: pass
@@ -336,26 +337,9 @@ void AwaitCalls() {
   }
 }
 
-// Held by Python.
-struct PyPackedPointwise {
-  std::shared_ptr<const PackedPointwise> packed;
-  int64_t depth, filters;
-  DType dtype;
-};
-
-PyPackedPointwise PyPackPointwise(nb::handle geometry, nb::handle pointwise_kernel, int64_t dtype) {
-  CallArrays arrays(geometry, "pointwise_kernel", pointwise_kernel, dtype);
-  const int64_t depth = arrays.geometry().depthwise_channels();
-  const int64_t filters = arrays.geometry().out_channels;
-  const void* matrix =
-      arrays.Input("pointwise_kernel", pointwise_kernel, arrays.sizes().pointwise_kernel);
-  const ReleasedGil released;
-  return {PackPointwise(matrix, depth, filters, arrays.dtype()), depth, filters, arrays.dtype()};
-}
-
 void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
                nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
-               nb::handle y, int64_t dtype, const PyPackedPointwise* packed) {
+               nb::handle y, int64_t dtype) {
   CallArrays arrays(geometry, "x", x, dtype);
   const Geometry& g = arrays.geometry();
   const Sizes& sizes = arrays.sizes();
@@ -369,18 +353,46 @@ void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
       arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
   args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
   args.y = arrays.Output("y", y, sizes.y);
-  if (packed) {
-    if (packed->depth != g.depthwise_channels() || packed->filters != g.out_channels ||
-        packed->dtype != arrays.dtype()) {
-      RaiseValueError("packed",
-                      "must have the depth, the filters and the dtype of the call. Received: " +
-                          std::to_string(packed->depth) + ", " + std::to_string(packed->filters) +
-                          ", " + kDTypes[static_cast<int64_t>(packed->dtype)].name);
-    }
-    args.packed = packed->packed.get();
-  }
   const ReleasedGil released;
   Forward(g, arrays.dtype(), args);
+}
+
+// Held by Python, which cannot hold what is not complete.
+struct PyPackedWeights {
+  std::shared_ptr<const PackedWeights> weights;
+};
+
+PyPackedWeights PyPack(nb::handle geometry, nb::handle depthwise_kernel,
+                       nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
+                       int64_t dtype) {
+  CallArrays arrays(geometry, "depthwise_kernel", depthwise_kernel, dtype);
+  const Geometry& g = arrays.geometry();
+  const Sizes& sizes = arrays.sizes();
+  ForwardArgs args = {};
+  args.depthwise_kernel =
+      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
+  args.pointwise_kernel =
+      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
+  args.depthwise_bias =
+      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
+  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  const ReleasedGil released;
+  return {PackWeights(g, arrays.dtype(), args)};
+}
+
+void PyForwardPacked(nb::handle geometry, nb::handle x, const PyPackedWeights& packed,
+                     nb::handle y) {
+  const PackedWeights& weights = *packed.weights;
+  CallArrays arrays(geometry, "x", x, static_cast<int64_t>(DTypeOf(weights)));
+  if (!Fit(weights, arrays.geometry())) {
+    RaiseValueError("weights",
+                    "must have the kernel size, channels, filters and biases of the geometry. "
+                    "Received: others");
+  }
+  const void* in = arrays.Input("x", x, arrays.sizes().x);
+  void* out = arrays.Output("y", y, arrays.sizes().y);
+  const ReleasedGil released;
+  ForwardPacked(arrays.geometry(), weights, in, out);
 }
 
 void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle depthwise_kernel,
@@ -513,10 +525,13 @@ NB_MODULE(_native, module) {
 
   module.def("forward", &PyForward, nb::arg("geometry"), nb::arg("x"), nb::arg("depthwise_kernel"),
              nb::arg("pointwise_kernel"), nb::arg("depthwise_bias").none(), nb::arg("bias").none(),
-             nb::arg("y"), nb::arg("dtype") = -1, nb::arg("packed") = nb::none(), "Fills `y`.");
-  nb::class_<PyPackedPointwise>(module, "PackedPointwise");
-  module.def("pack_pointwise", &PyPackPointwise, nb::arg("geometry"), nb::arg("pointwise_kernel"),
-             nb::arg("dtype") = -1);
+             nb::arg("y"), nb::arg("dtype") = -1, "Fills `y`.");
+  nb::class_<PyPackedWeights>(module, "PackedWeights");
+  module.def("pack", &PyPack, nb::arg("geometry"), nb::arg("depthwise_kernel"),
+             nb::arg("pointwise_kernel"), nb::arg("depthwise_bias").none(), nb::arg("bias").none(),
+             nb::arg("dtype") = -1, "Copies and packs weights.");
+  module.def("forward_packed", &PyForwardPacked, nb::arg("geometry"), nb::arg("x"),
+             nb::arg("weights"), nb::arg("y"), "Fills `y`.");
   module.def("backward", &PyBackward, nb::arg("geometry"), nb::arg("dy"), nb::arg("x"),
              nb::arg("depthwise_kernel"), nb::arg("pointwise_kernel"),
              nb::arg("depthwise_bias").none(), nb::arg("bias").none(), nb::arg("y").none(),

@@ -5,22 +5,28 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from sepconv.spec import Geometry
 
 __all__ = ["BACKENDS", "Backend", "Kernels", "choose", "use_gpu_kernels", "why_not"]
 
 
+def _no_packing(*_: Any) -> NoReturn:
+    raise NotImplementedError("these kernels do not pack weights")
+
+
 class Kernels(NamedTuple):
-    """The two entry points of a backend; arguments as in `sepconv._native`."""
+    """The entry points of a backend; arguments as in `sepconv._native`."""
 
     forward: Callable[..., None]
     """Fills the output."""
     backward: Callable[..., None]
     """Fills the gradients."""
-    pack: Callable[..., Any] | None = None
-    """Packs a pointwise kernel, for many calls of `forward`; `None` where there is none."""
+    pack: Callable[..., Any] = _no_packing
+    """Copies and packs the weights of many forward calls."""
+    forward_packed: Callable[..., None] = _no_packing
+    """Fills the output, with packed weights."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def _native_refusal(geometry: Geometry, dtype: str) -> str | None:
 def _load_native() -> Kernels:
     from sepconv import _native
 
-    return Kernels(_native.forward, _native.backward, _native.pack_pointwise)
+    return Kernels(_native.forward, _native.backward, _native.pack, _native.forward_packed)
 
 
 _gpu_kernels_in_use = False

@@ -124,19 +124,13 @@ class PreparedSeparableConv2D:
     to the bit.
     """
 
-    __slots__ = ("_dtype", "_key", "_operands", "_packed")
+    __slots__ = ("_dtype", "_key", "_plans", "_weights")
 
-    def __init__(
-        self,
-        dtype: np.dtype[Any],
-        operands: tuple[Array | None, ...],
-        key: tuple[Any, ...],
-        packed: Any,
-    ) -> None:
+    def __init__(self, dtype: np.dtype[Any], weights: Any, key: tuple[Any, ...]) -> None:
         self._dtype = dtype
-        self._operands = operands
+        self._weights = weights
         self._key = key
-        self._packed = packed
+        self._plans: dict[Shape, _Plan] = {}  # Of the last few shapes of images.
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Computes the convolution of `x`.
@@ -153,18 +147,27 @@ class PreparedSeparableConv2D:
             TypeError: another dtype than that of the weights, or something that is no array.
             ValueError: a shape is out of range, or `out` is not as `separable_conv2d` says.
         """
-        x = _dense(x)
-        dtype, operands = self._dtype, self._operands
+        if type(x) is not np.ndarray or not x.flags.carray:
+            x = _dense(x)
+        dtype = self._dtype
         if x.dtype != dtype:
             _raise_dtypes_differ("x", x, dtype, "depthwise_kernel")
-        plan = _plan_cached(dtype, x.shape, *self._key)
-        y = _empty(plan, dtype) if out is None else _checked_out(out, plan, x, *operands)
+        plan = self._plans.get(x.shape) or self._plan_of(x.shape)
+        y = _empty(plan, dtype) if out is None else _checked_out(out, plan, x)
         if plan.storage is None:
-            plan.forward(plan.geometry, x, *operands, y, -1, self._packed)
+            plan.forward_packed(plan.geometry, x, self._weights, y)
         else:
-            image, result = x.view(plan.storage), y.view(plan.storage)
-            plan.forward(plan.geometry, image, *operands, result, plan.dtype_code, self._packed)
+            plan.forward_packed(
+                plan.geometry, x.view(plan.storage), self._weights, y.view(plan.storage)
+            )
         return y
+
+    def _plan_of(self, shape: Shape) -> _Plan:
+        plan = _plan_cached(self._dtype, shape, *self._key)
+        if len(self._plans) >= _SHAPES_KEPT:
+            self._plans.clear()
+        self._plans[shape] = plan
+        return plan
 
 
 def prepare(
@@ -219,9 +222,9 @@ def prepare(
                [6., 9., 9., 6.],
                [4., 6., 6., 4.]], dtype=float32)
     """
-    kernel, pointwise = _frozen(depthwise_kernel), _frozen(pointwise_kernel)
-    mid = None if depthwise_bias is None else _frozen(depthwise_bias)
-    end = None if bias is None else _frozen(bias)
+    kernel, pointwise = _dense(depthwise_kernel), _dense(pointwise_kernel)
+    mid = None if depthwise_bias is None else _dense(depthwise_bias)
+    end = None if bias is None else _dense(bias)
     dtype = kernel.dtype
     _check_dtype("depthwise_kernel", dtype)
     for name, array in (("pointwise_kernel", pointwise), ("depthwise_bias", mid), ("bias", end)):
@@ -253,12 +256,11 @@ def prepare(
         *names,
     )
     key = (*shapes, spec.strides, spec.padding, spec.dilation_rate, spec.data_format, *names)
-    weights = (kernel, pointwise, mid, end)
-    operands = weights if plan.storage is None else tuple(_views(plan.storage, *weights))
-    packed = None
-    if plan.pack is not None:
-        packed = plan.pack(plan.geometry, operands[1], plan.dtype_code)
-    return PreparedSeparableConv2D(dtype, operands, key, packed)
+    operands: list[Array | None] = [kernel, pointwise, mid, end]
+    if plan.storage is not None:
+        operands = _views(plan.storage, *operands)
+    weights = plan.pack(plan.geometry, *operands, plan.dtype_code)
+    return PreparedSeparableConv2D(dtype, weights, key)
 
 
 def separable_conv2d_grad(
@@ -371,7 +373,8 @@ class _Plan(NamedTuple):
     y_bytes: int
     forward: Callable[..., None]
     backward: Callable[..., None]
-    pack: Callable[..., Any] | None
+    pack: Callable[..., Any]
+    forward_packed: Callable[..., None]
     storage: type[np.uint16] | None
     """The integers that carry a dtype which has no buffer protocol, bfloat16."""
     dtype_code: int
@@ -479,6 +482,7 @@ def _plan(
         forward=kernels.forward,
         backward=kernels.backward,
         pack=kernels.pack,
+        forward_packed=kernels.forward_packed,
         storage=np.uint16 if dtype.name == "bfloat16" else None,
         dtype_code=_DTYPE_CODES[dtype.name],
     )
@@ -494,12 +498,7 @@ def _dense(array: Any) -> Array:
     return np.require(array, requirements=("C", "A", "E"))
 
 
-def _frozen(array: Any) -> Array:
-    """Returns a copy that nobody else has, contiguous and read-only."""
-    copy = np.array(array, order="C", copy=True)
-    copy.flags.writeable = False
-    return copy
-
+_SHAPES_KEPT = 64
 
 # From here on the microsecond that alignment takes is less than it saves.
 _LARGE = 1 << 16
