@@ -131,6 +131,7 @@ SEPCONV_INLINE void FinishRows(const GemmArgs<T>& g, const Vec<T> (&sum)[kRows][
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Vec<T> value = sum[r][v] + bias[v];
+      if (g.before) value += Load(g.before + (r * kVectors + v) * kL);
       if (clamps) value = AtMost(AtLeast(value, low), high);
       if constexpr (kStreams) {
         Stream(to + v * kL, value);
@@ -143,7 +144,7 @@ SEPCONV_INLINE void FinishRows(const GemmArgs<T>& g, const Vec<T> (&sum)[kRows][
   }
 }
 
-// One register tile. kRows x kVectors accumulators run over the whole depth and are never spilled.
+// One register tile. kRows x kVectors accumulators run over the depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
 template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
 void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* ahead_to) {
@@ -203,11 +204,54 @@ SEPCONV_INLINE MicroKernelPointer<T> MicroKernelFor(int64_t rows, std::index_seq
   return kTable[rows - 1];
 }
 
+// A register tile whose depth is cut into blocks. The blocks before the last one are summed up in
+// memory, in rows of whole vectors.
+template <typename T, int kRows, int kVectors>
+void MicroKernelInBlocks(MicroKernelPointer<T> kernel, const GemmArgs<T>& g, int64_t block,
+                         const T* a, T* c, int64_t rows, const char* ahead, T* ahead_to) {
+  constexpr int64_t kColumns = kVectors * kLanes<T>;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  alignas(kCacheLineBytes) T before[kRows * kColumns];
+  GemmArgs<T> part = g;
+  part.depth = block;
+  part.columns = part.c_stride = kColumns;
+  part.bias = nullptr;
+  part.streams = false;
+  part.low = -kInfinity;
+  part.high = kInfinity;
+  int64_t k = 0;
+  for (; k + block < g.depth; k += block) {
+    part.accumulate = k > 0;
+    kernel(part, a + k, before, ahead, ahead_to);
+    part.b += block * g.b_stride;
+    if (ahead)
+      ahead += g.fetch_rows ? block * rows * static_cast<int64_t>(sizeof(T))
+                            : block / 4 * g.ahead_stride;
+    if (ahead_to) ahead_to += block / 4 * g.b_stride;
+  }
+  GemmArgs<T> last = g;
+  last.depth = g.depth - k;
+  last.b = part.b;
+  last.before = before;
+  kernel(last, a + k, c, ahead, ahead_to);
+}
+
+// Steps of the depth in one chain of additions: blocks of nearly equal size, all but the last one
+// of whole unrolled steps, so that what is done beside goes on where it was.
+SEPCONV_INLINE int64_t SumBlock(int64_t depth) {
+  const int64_t blocks = (depth + kSumDepth - 1) / kSumDepth;
+  return ((depth + blocks - 1) / blocks + 3) / 4 * 4;
+}
+
 template <typename T, int kVectors, bool kUnitRows, bool kPairs>
 void GemmPanel(const GemmArgs<T>& g) {
   // Rows are shared out evenly: 49 rows in tiles of at most 14 are 13 + 12 + 12 + 12, not 14 + 14 +
   // 14 + 7.
   constexpr int kRows = kTuning.micro_rows[kVectors - 1];
+  // The weight gradient has short depths, of a chunk of pixels. Products of pairs lose more to
+  // bfloat16.
+  constexpr bool kBlocks = !kUnitRows && !kPairs;
+  const int64_t block = kBlocks ? SumBlock(g.depth) : g.depth;
   const int64_t tiles = (g.rows + kRows - 1) / kRows;
   const int64_t small = g.rows / tiles, larger = g.rows % tiles;
   constexpr auto kRowCounts = std::make_index_sequence<kRows>();
@@ -226,7 +270,12 @@ void GemmPanel(const GemmArgs<T>& g) {
     const int64_t fetch_end = fetch_lines * (tile + 1) / tiles;
     for (; fetched < fetch_end; ++fetched)
       __builtin_prefetch(g.fetch + fetched * kCacheLineBytes, 0, 2);
-    MicroKernelFor<T, kVectors, kUnitRows, kPairs>(rows, kRowCounts)(g, a, c, ahead, ahead_to);
+    const auto kernel = MicroKernelFor<T, kVectors, kUnitRows, kPairs>(rows, kRowCounts);
+    if (!kBlocks || block >= g.depth) {
+      kernel(g, a, c, ahead, ahead_to);
+    } else {
+      MicroKernelInBlocks<T, kRows, kVectors>(kernel, g, block, a, c, rows, ahead, ahead_to);
+    }
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;
   }

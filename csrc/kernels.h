@@ -25,6 +25,8 @@ struct GemmArgs {
   const T* bias;  // null: none
   T low, high;    // (-inf, inf): no clamp
   bool accumulate;
+  // Sums of the depth before, added like a bias: whole vectors, row by row. Null: none.
+  const T* before = nullptr;
   // What comes next, meanwhile: `depth` rows, each as wide as this panel, are copied to
   // `ahead_to`[row][b_stride], or, where that is null, fetched into L2. Null: none. Not where A's
   // rows are neighbours.

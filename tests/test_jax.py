@@ -169,19 +169,26 @@ def test_slopes_at_kinks_are_those_of_the_reference(activation):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_error_in_float32_is_at_most_twice_that_of_jax(data_format, with_optimizations):
-    # Root mean squares: the largest error of thousands is a matter of one rounding.
-    squares = np.zeros((2, 5))
+@pytest.mark.parametrize(
+    ("channels", "filters", "side"), [(48, 40, 12), (2048, 16, 5), (16, 2048, 5)]
+)
+def test_error_in_float32_is_at_most_twice_that_of_jax(
+    channels, filters, side, data_format, with_optimizations
+):
+    # Root mean squares: the largest error of thousands is a matter of one rounding. Where JAX cuts
+    # a sum into two chains and the kernel does not, they are 1.4 times its own, and the largest
+    # errors of a few images up to 3 times.
+    squares, largest = np.zeros((2, 5)), np.zeros((2, 5))
     for seed in range(4):
         problem = Problem(
             spec=ConvSpec(padding="same", data_format=data_format, activation="silu"),
             batch=2,
-            height=12,
-            width=11,
-            channels=48,
+            height=side,
+            width=side - 1,
+            channels=channels,
             depth_multiplier=1,
             kernel_size=(3, 3),
-            filters=40,
+            filters=filters,
             seed=seed,
         )
         g, arrays = problem.geometry, problem.arrays(np.float32)
@@ -190,9 +197,11 @@ def test_error_in_float32_is_at_most_twice_that_of_jax(data_format, with_optimiz
         for row, function in enumerate((ours, by_jax(problem))):
             y, pullback = jax.vjp(function, *args)
             for column, (value, exact) in enumerate(zip((y, *pullback(dy)), true, strict=True)):
-                squares[row, column] += np.square(np.asarray(value, np.float64) - exact).mean()
-    errors = np.sqrt(squares)
-    assert (errors[0] <= 2 * errors[1]).all(), errors
+                errors = np.abs(np.asarray(value, np.float64) - exact)
+                squares[row, column] += np.square(errors).mean()
+                largest[row, column] = max(largest[row, column], errors.max())
+    assert (squares[0] <= 4 * squares[1]).all(), np.sqrt(squares)
+    assert (largest[0] <= 4 * largest[1]).all(), largest
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 1, 4, 2), (0, 1, 1, 2)])
