@@ -6,6 +6,9 @@ PYTHON ?= python3
 JOBS ?= 2
 # ON turns compiler warnings into errors.
 WERROR ?= OFF
+# ON leaves out the wide targets: under sanitizers they compile for a quarter of an hour, the rest for
+# less than a minute.
+PORTABLE_ONLY ?= OFF
 # Compilers of cpp-sanitize; that of cpp-fuzz needs libFuzzer.
 SANITIZE_CXX ?= g++ clang++
 FUZZ_CXX ?= clang++
@@ -24,8 +27,8 @@ PACKAGE_FILES := pyproject.toml CMakeLists.txt README.md LICENSE $(CXX_FILES) \
 # The side-by-side tests start the original layer with this interpreter.
 export SEPCONV_ORACLE_PYTHON := $(abspath $(ORACLE))/bin/python
 
-.PHONY: help demo test pytest networks cpp-test cpp-sanitize python-sanitize cpp-fuzz cpp-valgrind \
-  cross-aarch64 emulate-old-cpus distribution properties lint format docs bench bench-peers clean distclean
+.PHONY: help demo test pytest networks cpp-test cpp-sanitize cpp-sanitize-quick python-sanitize \
+  cpp-fuzz cpp-valgrind cross-aarch64 emulate-old-cpus distribution properties lint format docs bench bench-peers clean distclean
 # Recipes share the environments, so they run one after the other; each uses the cores itself.
 .NOTPARALLEL:
 
@@ -40,6 +43,7 @@ help:
 	@echo "make bench-peers   the same on all layers against all inference engines as well (hours)"
 	@echo "make cpp-test      the C++ test of the core alone"
 	@echo "make cpp-sanitize  the same under the address, undefined-behaviour and thread sanitizers"
+	@echo "make cpp-sanitize-quick  the same with the portable target alone (a minute)"
 	@echo "make python-sanitize  tests of the extension under the address and undefined-behaviour sanitizers"
 	@echo "make cpp-fuzz      any bytes as a call of the core, for FUZZ_SECONDS (needs clang)"
 	@echo "make cpp-valgrind  the C++ test under valgrind"
@@ -64,11 +68,22 @@ cpp-test: $(VENV)/stamp-package
 
 # The core and its C++ test, without Python: $(call CONFIGURE_CORE,folder) and further definitions.
 CONFIGURE_CORE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S . -B $(1) \
-  -DSEPCONV_BUILD_MODULE=OFF -DSEPCONV_BUILD_TESTS=ON -DSEPCONV_WERROR=$(WERROR)
+  -DSEPCONV_BUILD_MODULE=OFF -DSEPCONV_BUILD_TESTS=ON -DSEPCONV_WERROR=$(WERROR) \
+  -DSEPCONV_PORTABLE_ONLY=$(PORTABLE_ONLY)
 
 # Optimised little: the sanitizers' code for the widest kernels compiles for a quarter of an hour
 # otherwise.
 SANITIZED = -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+
+# For every change: the threads, the border of sizes and all loops are those of the other targets.
+cpp-sanitize-quick: $(VENV)/stamp-build
+	for sanitizer in address,undefined thread; do \
+	  folder=build/quick-$$sanitizer && \
+	  $(call CONFIGURE_CORE,$$folder) $(SANITIZED) -DSEPCONV_PORTABLE_ONLY=ON \
+	    -DSEPCONV_SANITIZE=$$sanitizer && \
+	  $(BIN)/cmake --build $$folder && \
+	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
 
 cpp-sanitize: $(VENV)/stamp-build
 	for compiler in $(SANITIZE_CXX); do for sanitizer in address,undefined thread; do \
@@ -93,7 +108,7 @@ python-sanitize: $(VENV)/stamp-dev
 	cp -r src/sepconv build/sanitized/
 	cp $(SANITIZED_FOLDER)/_native*.so build/sanitized/sepconv/
 	PYTHONPATH=build/sanitized LD_PRELOAD="$(SANITIZER_RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_border.py \
+	  SEPCONV_SCENE_SECONDS=1200 $(BIN)/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_border.py \
 	  tests/test_concurrency.py tests/test_processes.py -k 'not float_mode and not memory'
 
 # Where rows of an image without pixels outgrow memory, the answer must be an error, not an abort.

@@ -14,7 +14,9 @@ namespace {
 
 // Best first. The last one is for tests and never chosen by itself.
 const Target* const kTargets[] = {
-#if defined(__x86_64__)
+#if defined(SEPCONV_PORTABLE_ONLY)
+    &kPortableTarget,
+#elif defined(__x86_64__)
     &kAvx512Bf16Target, &kAvx512Target, &kAvx2Target, &kPortableTarget, &kEmulatedAvx512Target,
 #elif defined(__aarch64__)
     &kNeonTarget,
