@@ -166,6 +166,8 @@ def work(options: argparse.Namespace) -> None:
     if task["engine"] == "torch" and task["processes"] > 1:
         import torch.distributed
 
+        # Behind the last exchange, or a thread of gloo lets go of a tensor while Python ends.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -338,6 +338,8 @@ THREADED = [
     Problem(ConvSpec(data_format="channels_first"), 2, 12, 70, 200, 1, (5, 1), 9),
     # Few pixels, many weights: threads share the filters, and pack each panel before its only use.
     Problem(ConvSpec(padding="same", activation="silu"), 1, 5, 5, 600, 1, (3, 3), 450),
+    # More pixels than partial sums: these are cut by the shape alone, not by the threads.
+    Problem(ConvSpec(padding="same"), 3, 90, 80, 5, 1, (3, 3), 7),
 ]
 
 

@@ -259,6 +259,37 @@ time.sleep(0.05)
         )
 
 
+WAYS_OUT = {
+    "end of the program": "pass",
+    "exit": "sys.exit(0)",
+    "at once": "os._exit(0)",
+    "exit of a thread": "threading.Thread(target=sys.exit).start()",
+    "exit of a forked child": "os.fork() or sys.exit(0); sys.exit(os.wait()[1])",
+    "exit beside a thread that waits": (
+        "threading.Thread(target=threading.Event().wait, daemon=True).start(); sys.exit(0)"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT.values(), ids=WAYS_OUT)
+def test_a_process_whose_pool_has_threads_ends_cleanly(way):
+    """No thread of the pool may be joinable: the C++ runtime aborts the process of one."""
+    printed = scene(
+        f"""
+import os, sys, threading
+from test_processes import bits
+
+before = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+bits(0)
+if before:
+    assert len(os.listdir("/proc/self/task")) >= before + 2
+print("computed", flush=True)
+{way}
+"""
+    )
+    assert printed == "computed\n"
+
+
 def test_a_child_ends_that_was_forked_while_other_threads_were_in_calls_issue_7():
     scene(
         """

@@ -449,6 +449,17 @@ def trained_by_one_process(ours: bool) -> list[Any]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def leave() -> None:
+    """Ends the group after its last exchange: its threads may not hold tensors of Python any more.
+
+    A thread of gloo that lets go of one while the interpreter ends aborts the process.
+    """
+    import torch
+
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def torch_ddp(rank: int) -> None:
     """DDP on two processes gives the bits of one process, as it does for torch's own layers."""
     import torch
@@ -467,7 +478,8 @@ def torch_ddp(rank: int) -> None:
             model.parameters(), trained_by_one_process(ours), strict=True
         ):
             assert torch.equal(parameter, expected), (ours, parameter.shape)
-    torch.distributed.destroy_process_group()
+    del parallel
+    leave()
 
 
 def torch_fsdp2(rank: int) -> None:
@@ -494,7 +506,7 @@ def torch_fsdp2(rank: int) -> None:
         optimizer.step()
     for parameter, expected in zip(model.parameters(), trained_by_one_process(True), strict=True):
         torch.testing.assert_close(parameter.full_tensor(), expected)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("scene", ["torch_ddp", "torch_fsdp2"])

@@ -1213,7 +1213,7 @@ def train(rank, size, path):
         for p, gradient in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
             assert p.grad.stride() == p.stride()
-    # The group's threads end here, not at the exit, where joining them is too late.
+    # Behind the last exchange: see `leave` in test_scale_out.py.
     torch.distributed.barrier()
     del parallel
     torch.distributed.destroy_process_group()
