@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from sepconv.models.fuse import fuse, to_stock
 from sepconv.torch import SeparableConv2d
@@ -230,6 +231,182 @@ def test_activations_between_two_pairs_are_taken_once():
     is_close(new(x), model(x))
 
 
+class Functions(nn.Module):
+    """A block whose activations and padding are functions in its code."""
+
+    def __init__(self, between=functional.relu, after=functional.relu):
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 8, 3, 2, groups=4, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 4, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.between, self.after, self.scale = between, after, 2.0
+
+    def forward(self, x, scaled=True):
+        y = self.conv1(functional.pad(functional.relu(x), (1, 1, 1, 2)))
+        y = self.after(self.bn2(self.conv2(self.between(self.bn1(y)))))
+        return y * self.scale if scaled else y
+
+
+FUNCTIONS = {
+    "relu": [functional.relu, torch.relu, lambda x: x.relu(), lambda x: x.clamp(min=0)],
+    "relu6": [functional.relu6, lambda x: functional.hardtanh(x, 0, 6), lambda x: x.clamp(0, 6)],
+    "leaky_relu": [lambda x: functional.leaky_relu(x, 0.2)],
+    "silu": [functional.silu, lambda x: functional.silu(x, inplace=True)],
+    "gelu": [functional.gelu],
+    "sigmoid": [torch.sigmoid, functional.sigmoid, lambda x: x.sigmoid_()],
+    "tanh": [torch.tanh, lambda x: x.tanh()],
+    "hard_sigmoid": [functional.hardsigmoid],
+    "hard_silu": [functional.hardswish],
+    "elu": [functional.elu],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_become_stages_as_modules_do(name):
+    for function in FUNCTIONS[name]:
+        model = warmed(Functions(function, function)).eval()
+        x = torch.randn(2, 4, 9, 9)
+        new, report = fuse(model, inference=True, inputs=x)
+        (swapped,) = report.swapped
+        assert {"bn1", "bn2", "relu", "pad"} < set(swapped.absorbed)
+        assert len(swapped.absorbed) == 6
+        layer = new.conv1
+        assert layer.padding == ((1, 2), (1, 1))
+        stages = (layer.input_activation, layer.depthwise_activation, layer.activation)
+        assert stages == ("relu", name, name)
+        # Measured against the original, and the code of it has not changed.
+        assert swapped.difference < 1e-5
+        assert report.output_difference < 1e-5
+        is_close(new(x), model(x))
+
+
+class Body(nn.Module):
+    """Two blocks, one of them twice, and functions around them in code of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList([Functions(), Functions()])
+        self.pair = SeparableConv(4, 6)
+        self.unused = nn.Linear(2, 2)
+        self.register_buffer("offset", torch.ones(1), persistent=False)
+
+    def features(self, x):
+        return functional.relu6(self.stem(x))
+
+    def forward(self, x):
+        x = self.features(x)
+        x = self.blocks[1](self.blocks[0](self.blocks[0](x)))
+        return functional.silu(self.pair(x)) + self.offset
+
+
+def test_code_without_its_functions_is_of_the_same_class_and_comes_back():
+    model = warmed(Body()).eval()
+    x = torch.randn(1, 3, 20, 20)
+    new, report = fuse(model, inference=True, inputs=x)
+    assert [c.calls for c in report.swapped] == [2, 1, 1]
+    assert report.swapped[-1].absorbed == ("silu",)
+    assert report.swapped[1].absorbed[-2:] == ("blocks.1.pad", "blocks.1.relu")
+    assert isinstance(new, Body)
+    assert all(isinstance(block, Functions) for block in new.blocks)
+    assert new.blocks[0].scale == 2.0
+    assert "unused.weight" in new.state_dict()
+    assert "offset" not in new.state_dict()
+    is_close(new.features(x), model.features(x))
+    copies = [new, copy.deepcopy(new), pickle.loads(pickle.dumps(new))]
+    copies += [torch.export.export(new, (x,)).module(), torch.compile(new, backend="eager")]
+    for each in copies:
+        is_close(each(x), model(x))
+    # Fused once more, there is nothing to do; undone, the code is that which it was.
+    again, report = fuse(new, inference=True, inputs=x)
+    assert not report.candidates
+    for each in (new, again, copies[1], copies[2]):
+        stock = to_stock(each)
+        assert {type(module) for module in (stock, *stock.blocks)} == {Body, Functions}
+        assert list(stock.blocks[0]._modules) == list(model.blocks[0]._modules)
+        is_close(stock(x), model(x))
+
+
+def test_functions_stay_without_inference_and_where_they_are_excluded():
+    model = warmed(Functions()).eval()
+    for arguments in ({}, {"inference": True, "exclude": ["relu_1"]}):
+        new, report = fuse(model, **arguments)
+        assert type(new) is Functions
+        assert not report.swapped
+        assert "between the stages" in report.candidates[0].reason
+    _, report = fuse(model, inference=True, exclude=["relu_2", "pad"])
+    assert report.swapped[0].absorbed == ("bn1", "relu_1", "bn2")
+    model.register_forward_hook(lambda module, given, output: None)
+    _, report = fuse(model, inference=True)
+    assert "followed by relu, not by a module" in report.candidates[0].reason
+
+
+def test_code_that_was_read_for_other_arguments_refuses_them():
+    x = torch.randn(1, 4, 9, 9)
+    new, _ = fuse(warmed(Functions()).eval(), inference=True, inputs=x)
+    is_close(new(x, scaled=True), new(x))
+    with pytest.raises(AssertionError, match="specialized"):
+        new(x, scaled=False)
+
+
+def test_a_change_in_place_before_a_pair_stays_where_others_see_it():
+    class Block(SeparableConv):
+        def forward(self, x):
+            return self.pointwise(self.conv1(functional.relu(x, inplace=True))) + 0
+
+    for model in (Block(4, 4), nn.Sequential(nn.ReLU(inplace=True), SeparableConv(4, 4))):
+        x, y = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+        new, report = fuse(model.eval(), inference=True, inputs=x)
+        assert len(report.swapped) == 1
+        assert not report.swapped[0].absorbed
+        new(y)
+        assert y.min() == 0
+
+
+def test_paddings_before_a_pair_become_its_padding_and_come_back():
+    conv = nn.Conv2d(4, 4, 3, 2, 1, groups=4)
+    unpadded = nn.Conv2d(4, 4, 3, padding="valid", groups=4)
+    _, report = fuse(nn.Sequential(nn.ZeroPad2d(1), unpadded, nn.Conv2d(4, 4, 1)), inference=True)
+    assert report.swapped[0].absorbed == ("0",)
+    pads = {nn.ZeroPad2d((0, 1, 2, 3)): 1, nn.ConstantPad2d(1, 0.0): 1, nn.ConstantPad2d(1, 2.0): 0}
+    for pad, taken in pads.items():
+        model = nn.Sequential(nn.ReLU(), pad, conv, nn.Conv2d(4, 4, 1)).eval()
+        x = torch.randn(1, 4, 8, 9)
+        new, report = fuse(model, inference=True, inputs=x)
+        assert report.swapped[0].absorbed == (("1", "0") if taken else ())
+        is_close(new(x), model(x))
+        stock = to_stock(new)
+        assert stock[2].padding == (1, 1)
+        is_close(stock(x), model(x))
+    alone = SeparableConv2d(4, 5, 3, padding=((0, 1), (2, 3)), input_activation="relu")
+    stock = to_stock(alone)
+    assert [type(m) for m in stock] == [nn.ReLU, nn.ZeroPad2d, nn.Conv2d, nn.Conv2d]
+    is_close(stock(x), alone(x))
+
+
+def test_layers_of_ours_take_what_is_around_them_for_inference():
+    """A model that was trained with our layers becomes one for inference."""
+    blocks = [SeparableConv(4, 6), nn.BatchNorm2d(6), nn.ReLU(), SeparableConv(6, 6), nn.SiLU()]
+    model = warmed(nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), *blocks)).eval()
+    x = torch.randn(2, 4, 9, 9)
+    trained, report = fuse(model, inputs=x)
+    assert len(report.swapped) == 2
+    _, report = fuse(trained, inputs=x)
+    assert not report.candidates
+    new, report = fuse(trained, inference=True, inputs=x)
+    assert [c.kind for c in report.swapped] == ["SeparableConv2d"] * 2
+    assert [c.absorbed for c in report.swapped] == [("2", "3", "0"), ("5",)]
+    assert report.swapped[0].macs == 10 * 10 * 4 * (9 + 6)
+    assert report.swapped[0].hidden_bytes == 0
+    is_close(new(x), model(x))
+    stock = to_stock(new)
+    assert not any(type(m).__module__.startswith("sepconv") for m in stock.modules())
+    is_close(stock(x), model(x))
+    _, report = fuse(trained, inference=True, exclude=["1.conv1", "3", "5"])
+    assert not report.candidates
+
+
 class TwoConsumers(SeparableConv):
     def forward(self, x):
         u = self.conv1(x)
@@ -242,9 +419,34 @@ class Gated(SeparableConv):
         return self.pointwise(u * u.mean((2, 3), keepdim=True).sigmoid())
 
 
-class Functional(SeparableConv):
+class Sizes(SeparableConv):
     def forward(self, x):
-        return self.pointwise(nn.functional.relu(self.conv1(x)))
+        return self.pointwise(functional.max_pool2d(self.conv1(x), 2))
+
+
+class Bounded(SeparableConv):
+    def forward(self, x):
+        return self.pointwise(self.conv1(x).clamp(0, 20))
+
+
+class Switched(SeparableConv):
+    def forward(self, x, activate=False):
+        x = self.conv1(x)
+        return self.pointwise(functional.relu(x) if activate else functional.silu(x))
+
+
+class Tied(SeparableConv):
+    def forward(self, x):
+        return super().forward(x) * self.pointwise.weight.mean()
+
+
+class Called(nn.Module):
+    def __init__(self, inner, *arguments):
+        super().__init__()
+        self.inner, self.arguments = inner, arguments
+
+    def forward(self, x):
+        return self.inner(x, *self.arguments)
 
 
 class OwnConv2d(nn.Conv2d):
@@ -277,7 +479,10 @@ def normed():
 REFUSALS = {
     "two consumers": (lambda: TwoConsumers(4, 4), "2 consumers"),
     "squeeze-excite": (lambda: Gated(4, 4), "2 consumers"),
-    "function between": (lambda: Functional(4, 4), "followed by relu"),
+    "function between": (lambda: Sizes(4, 4), "followed by max_pool2d"),
+    "weights in the code": (lambda: Tied(4, 4), "weights of pointwise are used in the code"),
+    "bounds that no activation has": (lambda: Bounded(4, 4), "clamp (clamp)"),
+    "other arguments": (lambda: Called(Switched(4, 4), True), "followed by relu, not by a module"),
     "hooks": (hooked, "has hooks"),
     "weight norm": (normed, "is computed"),
     "padding mode": (
@@ -311,13 +516,52 @@ def test_what_cannot_be_swapped_says_why(case):
     assert report.output_difference == 0
 
 
-def test_what_cannot_be_traced_is_read_in_parts():
-    model = nn.Sequential(Branching(3, 4), SeparableConv(4, 5))
-    new, report = fuse(model)
-    assert "not traced as a whole" in report.found_by
-    assert [c.name for c in report.swapped] == ["1.conv1 + 1.pointwise"]
-    x = torch.randn(1, 3, 8, 8)
+def test_code_may_ask_for_sizes_of_what_was_swapped_and_no_more():
+    class Sized(SeparableConv):
+        def forward(self, x):
+            y = super().forward(x)
+            return y + self.pointwise.out_channels if self.conv1.stride[0] == 1 else y
+
+    class Looking(SeparableConv):
+        def forward(self, x):
+            return super().forward(x) if hasattr(self.conv1, "groups") else self.none(x)
+
+    x = torch.randn(1, 4, 8, 8)
+    model = Sized(4, 5)
+    new, report = fuse(model, inputs=x)
+    assert len(report.swapped) == 1
     is_close(new(x), model(x))
+    with pytest.raises(ValueError, match="`model` must not use what is swapped"):
+        fuse(Looking(4, 5), inputs=x)
+
+
+def test_what_cannot_be_traced_is_read_in_parts():
+    """Pairs are found around code that cannot be followed, and inside of what it calls."""
+    around = nn.Sequential(nn.SiLU(), conv_dw(4), Branching(4, 4), nn.ReLU())
+    around[2].blocks = nn.ModuleList([SeparableConv(4, 4), nn.Sequential(conv_dw(4))])
+    model = nn.Sequential(SeparableConv(3, 4), around, conv_dw(4), nn.Conv2d(4, 5, 1)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    new, report = fuse(model, inference=True, inputs=x)
+    assert report.found_by == "torch.fx, not through the code of: 1.2"
+    assert {c.name: c.reason for c in report.candidates} == {
+        "0.conv1 + 0.pointwise": None,
+        "1.1": "between the stages: 1.2 (Branching)",
+        "2 + 3": None,
+        "1.2.conv1": "no call of it was found in the data flow",
+        "1.2.blocks.0.conv1 + 1.2.blocks.0.pointwise": None,
+        "1.2.blocks.1.0": "its output leaves the traced part",
+    }
+    is_close(new(x), model(x))
+
+
+def test_what_code_that_cannot_be_followed_may_call_stays():
+    model = nn.Sequential(SeparableConv(4, 4), Branching(4, 4)).eval()
+    for name in ("conv1", "pointwise"):
+        setattr(model[1], name, getattr(model[0], name))
+        _, report = fuse(model)
+        assert not report.swapped
+        assert "1, whose code torch.fx cannot follow, holds 0." in report.candidates[0].reason
+        setattr(model[1], name, conv_dw(4))
 
 
 def test_renamed_parameters_are_the_same_numbers():

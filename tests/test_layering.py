@@ -206,6 +206,8 @@ ROOMS = {
         "sepconv.models.keras_rebuild",
         "sepconv.models.report",
     },
+    "models/torch_graph.py": {"torch", "sepconv.torch"},
+    "models/torch_functions.py": {"torch", "sepconv.models.torch_graph"},
     "models/torch_fuse.py": {
         "torch",
         "sepconv.spec",
@@ -213,6 +215,8 @@ ROOMS = {
         "sepconv.torch.composition",
         "sepconv.models.exclusion",
         "sepconv.models.report",
+        "sepconv.models.torch_functions",
+        "sepconv.models.torch_graph",
     },
     "models/atomic.py": set(),
     "models/convert.py": {

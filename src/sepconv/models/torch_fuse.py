@@ -1,25 +1,32 @@
-"""Fusion of torch models: the data flow between modules, what may become one, the new model.
+"""Fusion of torch models: what may become one, the new model, and its undoing.
 
 The new model keeps its classes and their code. Our layer stands in the place of the depthwise
-convolution, and modules that hand on what they get stand where the other parts of it stood. What is
-said of a module holds for all its calls, so a pair that several places share is swapped in all of
-them or in none.
+convolution, and modules that hand on what they get stand where the other parts of it stood. Where
+such a part is a function in the code of a module, this module gets that code without it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sepconv.models.exclusion import Exclusion
 from sepconv.models.report import Candidate, Report
-from sepconv.spec import ACTIVATIONS
+from sepconv.models.torch_functions import (
+    Place,
+    called_as_traced,
+    functions_as_modules,
+    restore,
+    rewrite,
+)
+from sepconv.models.torch_graph import Absorbed, Function, Pair, Reading, hooked, replaced
+from sepconv.spec import ACTIVATIONS, ConvSpec
 from sepconv.torch import SeparableConv2d
 from sepconv.torch.composition import ACTIVATION_FUNCTIONS
 
@@ -30,6 +37,7 @@ _LINEAR = ACTIVATIONS[0]
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
+    nn.Hardtanh: "relu6",
     nn.LeakyReLU: "leaky_relu",
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
@@ -39,30 +47,14 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Hardswish: "hard_silu",
     nn.ELU: "elu",
 }
+_PASSING = (nn.Identity, Absorbed)
+"""Hand on what they get."""
+_MAKING = (nn.Conv2d, nn.BatchNorm2d, SeparableConv2d, Absorbed)
+"""Give what nobody else sees."""
+_NONE = ((0, 0), (0, 0))
+"""No padding."""
 _IMAGE_SIZES = (224, 64, 32, 299)
 """Rows and columns of random images; the first that the model takes."""
-
-
-class Absorbed(nn.Module):
-    """Stands where a module stood that is part of a fused layer now, and returns its input.
-
-    Args:
-        layer: The layer that it is part of.
-        role: `"pointwise"`, `"depthwise_activation"`, ...: which part.
-    """
-
-    def __init__(self, layer: SeparableConv2d, role: str) -> None:
-        super().__init__()
-        # In a tuple, so that it is no submodule: the layer stands elsewhere in the model.
-        self.source = (layer, role)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns `x`."""
-        return x
-
-    def extra_repr(self) -> str:
-        """Returns the role, for `repr`."""
-        return self.source[1]
 
 
 def fuse(
@@ -86,28 +78,52 @@ def fuse(
         The new model and the report.
 
     Raises:
-        ValueError: the model cannot be copied, or random images do not fit it.
+        ValueError: the model cannot be copied; random images do not fit it; or its code does more
+            with what is swapped than to call it.
     """
-    excluded.check(name for name, _ in model.named_modules())
     base, new = _copied(model), _copied(model)
     if inference:
         base.eval()
         new.eval()
-    reading = _Reading(new)
-    originals = dict(model.named_modules())
-    chains = []
-    for name in reading.depthwise():
-        chains.append(_chain(reading, name, inference, excluded, originals))
-        if chains[-1].reason is None:
-            reading.taken.update(chains[-1].absorbed)
     arguments = _arguments(base, inputs)
-    made = {chain.name: chain.make() for chain in chains if chain.reason is None}
-    facts = _measured(base, chains, made, arguments)
-    renamed: dict[str, str] = {}
-    for chain in chains:
+    answers, hooks = called_as_traced(base)
+    outputs = list(_tensors(_called(base, arguments)))
+    for hook in hooks:
+        hook.remove()
+    # From here on the copy is for reading and measuring: all that may be part of a layer is a
+    # module.
+    places = functions_as_modules(base, answers)
+    reading = Reading(base)
+    originals = dict(model.named_modules())
+    originals |= {name: originals[place.owner] for name, place in places.items()}
+    excluded.check(originals)
+
+    def is_excluded(name: str) -> bool:
+        return excluded(name, originals[name])
+
+    chains = []
+    for name in reading.candidates(ours=inference):
+        chain = _chain(reading, name, inference, is_excluded)
+        if chain.is_pair or chain.absorbed:  # Else it is one of ours that nothing is folded into.
+            chains.append(chain)
         if chain.reason is None:
-            _swap(new, chain, made[chain.name], renamed, inference)
-    difference, largest = _compared(base, new, arguments)
+            reading.taken.update(chain.absorbed)
+    modules = dict(new.named_modules())
+    made = {chain.name: chain.make(modules) for chain in chains if chain.reason is None}
+    facts = _measured(base, chains, made, arguments)
+    swapped = [chain for chain in chains if chain.reason is None]
+    _take_functions(modules, swapped, made, places)
+    renamed: dict[str, str] = {}
+    for chain in swapped:
+        _swap(new, chain, modules, made[chain.name], renamed)
+    try:
+        answer = _called(new, arguments)
+    except Exception as error:  # Whatever the code of a model raises.
+        raise ValueError(
+            "`model` must not use what is swapped for more than to call it; `exclude` leaves "
+            f"modules as they are. The new model says: {error}"
+        ) from error
+    difference, largest = _compared(outputs, answer)
     notes = ["modules that were taken into a layer hand on their input"] if made else []
     if inference:
         notes.append("for inference: folded batch norms do not follow the data any more")
@@ -136,24 +152,31 @@ def to_stock(model: nn.Module) -> nn.Module:
         ValueError: the model cannot be copied, or a layer pads as no convolution of torch does.
     """
     new = _copied(model)
-    modules = list(new.named_modules())
-    absorbed = [(name, module) for name, module in modules if isinstance(module, Absorbed)]
-    placed: dict[int, set[str]] = {}
-    for _, module in absorbed:
-        placed.setdefault(id(module.source[0]), set()).add(module.source[1])
+    paddings = {
+        id(each.source[0]): each.amounts
+        for each in new.modules()
+        if isinstance(each, Absorbed) and each.source[1] == "padding"
+    }
+    for module in new.modules():
+        restore(module)
+    modules = list(new.modules())
+    absorbed = [module for module in modules if isinstance(module, Absorbed)]
+    paired = {id(each.source[0]) for each in absorbed if each.source[1] == "pointwise"}
     stock: dict[int, nn.Module] = {}
     pointwise: dict[int, nn.Module] = {}
-    for _, layer in modules:
+    for layer in modules:
         if not isinstance(layer, SeparableConv2d):
             continue
-        conv_dw, conv_pw = layer.to_pair()
-        pointwise[id(layer)] = conv_pw
-        roles = placed.get(id(layer), set())
-        if "pointwise" in roles:
-            stock[id(layer)] = conv_dw
+        amounts = paddings.get(id(layer), _NONE)
+        if id(layer) in paired:
+            stock[id(layer)], pointwise[id(layer)] = _pair(layer, amounts)
             continue
+        if not isinstance(layer.padding, str) and any(a != b for a, b in layer.padding):
+            amounts = layer.padding
+        conv_dw, conv_pw = _pair(layer, amounts)
         stages = [
             _activation_module(layer.input_activation),
+            _padding_module(amounts),
             conv_dw,
             _activation_module(layer.depthwise_activation),
             conv_pw,
@@ -162,13 +185,37 @@ def to_stock(model: nn.Module) -> nn.Module:
         stock[id(layer)] = nn.Sequential(
             *(stage for stage in stages if not isinstance(stage, nn.Identity))
         )
-    for _, module in absorbed:
+    for module in absorbed:
         layer, role = module.source
         if role == "pointwise":
             stock[id(module)] = pointwise[id(layer)]
+        elif role == "padding":
+            stock[id(module)] = _padding_module(module.amounts)
         else:
             stock[id(module)] = _activation_module(getattr(layer, role, _LINEAR))
-    return _replaced(new, stock)
+    return replaced(new, stock)
+
+
+def _pair(layer: SeparableConv2d, amounts: tuple[Pair, Pair]) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """The two convolutions, without some of the padding."""
+    if amounts != _NONE:
+        own: Any = layer.padding
+        layer = copy.copy(layer)
+        layer.padding = _sum(own, amounts, -1)
+    return layer.to_pair()
+
+
+def _sum(one: tuple[Pair, Pair], other: tuple[Pair, Pair], sign: int = 1) -> tuple[Pair, Pair]:
+    (top, bottom), (left, right) = (
+        (before + sign * more, after + sign * further)
+        for (before, after), (more, further) in zip(one, other, strict=True)
+    )
+    return (top, bottom), (left, right)
+
+
+def _padding_module(amounts: tuple[Pair, Pair]) -> nn.Module:
+    rows, columns = amounts
+    return nn.Identity() if amounts == _NONE else nn.ZeroPad2d((*columns, *rows))
 
 
 def _activation_module(name: str) -> nn.Module:
@@ -176,102 +223,6 @@ def _activation_module(name: str) -> nn.Module:
         if known == name:
             return cls(0.2) if cls is nn.LeakyReLU else cls()
     return nn.Identity()
-
-
-# ------------------------------------------------------------------------------- reading a model
-
-
-class _Tracer(fx.Tracer):
-    """Keeps whole what is understood whole, and what a hook watches."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, (nn.Conv2d, nn.BatchNorm2d, SeparableConv2d, Absorbed))
-        return whole or _hooked(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Reading:
-    """Calls of modules and the data flow between them, by the names of the modules."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.modules = dict(model.named_modules())
-        self.calls: dict[str, list[fx.Node]] = {}
-        self.failures: list[str] = []
-        self.taken: set[str] = set()
-        """Modules that are part of a layer already."""
-        self._read(model, "")
-        self.found_by = "torch.fx"
-        if self.failures:
-            self.found_by = "torch.fx of parts; not traced as a whole: " + ", ".join(
-                f"{name or 'the model'}" for name in self.failures
-            )
-
-    def depthwise(self) -> Iterator[str]:
-        """Names of all depthwise convolutions, in the order of their calls."""
-        seen = [name for name in self.calls if _is_depthwise(self.modules[name])]
-        yield from seen
-        yield from (
-            name
-            for name, module in self.modules.items()
-            if name not in seen and _is_depthwise(module)
-        )
-
-    def _read(self, module: nn.Module, prefix: str) -> None:
-        try:
-            # Arguments with a default value have it: a test of one is code, not data.
-            defaults = {
-                name: parameter.default
-                for name, parameter in inspect.signature(module.forward).parameters.items()
-                if parameter.default is not parameter.empty
-            }
-            graph = _Tracer().trace(module, defaults)
-        except Exception:  # Whatever the code of a model raises when it meets a proxy.
-            self.failures.append(prefix)
-            for name, child in module.named_children():
-                self._read(child, f"{prefix}.{name}" if prefix else name)
-            return
-        for node in graph.nodes:
-            if node.op == "call_module":
-                own = module.get_submodule(str(node.target))
-                self.calls.setdefault(self.names[id(own)], []).append(node)
-                node.meta["module"] = self.names[id(own)]
-
-    def after(self, name: str) -> tuple[str | None, str]:
-        """The only module that takes what this one gives, in all its calls; or `None`, and why."""
-        found = set()
-        for node in self.calls[name]:
-            users = list(node.users)
-            if len(users) != 1:
-                return None, f"{len(users)} consumers of its output"
-            user = users[0]
-            if user.op == "output":
-                return None, "its output leaves the traced part"
-            if user.op != "call_module":
-                target = getattr(user.target, "__name__", str(user.target))
-                return None, f"followed by {target}, not by a module"
-            if user.args != (node,) or user.kwargs:
-                return None, f"{user.meta['module']} takes more than its output"
-            found.add(user.meta["module"])
-        if len(found) != 1:
-            return None, f"followed by different modules: {', '.join(sorted(found))}"
-        (only,) = found
-        if len(self.calls[only]) != len(self.calls[name]):
-            return None, f"{only} is also called on something else"
-        return only, ""
-
-    def before(self, name: str) -> str | None:
-        """The module whose output this one takes, in all its calls, if nothing else does."""
-        found = set()
-        for node in self.calls[name]:
-            source = node.args[0] if node.args else None
-            if not isinstance(source, fx.Node) or source.op != "call_module":
-                return None
-            found.add(source.meta["module"])
-        if len(found) != 1:
-            return None
-        (only,) = found
-        return only if self.after(only)[0] == name else None
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -283,15 +234,6 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-
-
 # --------------------------------------------------------------------------- what may become one
 
 
@@ -300,7 +242,9 @@ class _Chain:
     """A depthwise convolution and what becomes one layer with it, or why it does not."""
 
     name: str
-    reading: _Reading
+    reading: Reading
+    inference: bool
+    is_excluded: Callable[[str], bool]
     reason: str | None = None
     pointwise: str = ""
     activations: dict[str, str] = field(default_factory=dict)
@@ -309,97 +253,143 @@ class _Chain:
     """By the stage that they follow: "depthwise", "pointwise"."""
     absorbed: dict[str, str] = field(default_factory=dict)
     """Names of the other modules, and the role of each."""
+    amounts: tuple[Pair, Pair] = _NONE
+    """Of a padding before the depthwise stage."""
     first: str = ""
     last: str = ""
 
-    def make(self) -> SeparableConv2d:
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is made of two convolutions of torch, and not a layer of ours already."""
+        return isinstance(self.reading.modules[self.name], nn.Conv2d)
+
+    def make(self, modules: dict[str, nn.Module]) -> SeparableConv2d:
         """The layer, on the parameters themselves unless a batch norm changes them."""
-        modules = self.reading.modules
-        pair: list[Any] = [modules[self.name], modules[self.pointwise]]
-        for position, stage in enumerate(("depthwise", "pointwise")):
-            if stage in self.norms:
-                pair[position] = _folded(pair[position], self.norms[stage])
-        return SeparableConv2d.from_pair(pair[0], pair[1], **self.activations)
+        if self.is_pair:
+            convs: list[Any] = [modules[self.name], modules[self.pointwise]]
+            for position, stage in enumerate(("depthwise", "pointwise")):
+                if stage in self.norms:
+                    convs[position] = _folded(convs[position], self.norms[stage])
+            layer = SeparableConv2d.from_pair(convs[0], convs[1], **self.activations)
+        else:
+            # The very one: what was taken into it before knows it.
+            own: Any = modules[self.name]
+            layer = own
+            if self.norms:
+                layer.pointwise = _folded(layer.pointwise, self.norms["pointwise"])
+            for stage, activation in self.activations.items():
+                setattr(layer, stage, activation)
+        if self.amounts != _NONE:
+            padding = _padding_of(layer)
+            assert padding is not None  # _take_before has looked.
+            layer.padding = _sum(padding, self.amounts)
+        return layer
+
+    def stand_in(self, name: str, layer: SeparableConv2d) -> Absorbed:
+        """What stands where a part of the layer was."""
+        role = "pointwise" if name == self.pointwise else self.absorbed[name]
+        return Absorbed(layer, role, self.amounts if role == "padding" else _NONE)
 
 
 def _chain(
-    reading: _Reading,
-    name: str,
-    inference: bool,
-    excluded: Exclusion,
-    originals: dict[str, nn.Module],
+    reading: Reading, name: str, inference: bool, is_excluded: Callable[[str], bool]
 ) -> _Chain:
-    chain = _Chain(name, reading, first=name)
-    modules = reading.modules
-
-    def own(each: str) -> str | None:
-        if excluded(each, originals[each]):
-            return f"{each} is excluded"
-        return _why_no_convolution(each, modules[each])
-
-    chain.reason = own(name)
-    if chain.reason is None and name not in reading.calls:
+    chain = _Chain(name, reading, inference, is_excluded, first=name, last=name)
+    if name not in reading.calls:
         chain.reason = "no call of it was found in the data flow"
-    if chain.reason is not None:
-        return chain
-    here = name
-    while True:
-        following, why = reading.after(here)
-        if following is None:
-            chain.reason = why
-            return chain
-        module = modules[following]
-        if isinstance(module, nn.Conv2d):
-            break
-        if type(module) is not nn.Identity:
-            why = _take(chain, following, module, "depthwise", inference, excluded, originals) or ""
-        if why:
-            chain.reason = f"between the stages: {why}"
-            return chain
-        here = following
-    chain.pointwise = chain.last = following
-    conv: Any = modules[following]
-    chain.reason = own(following) or _why_no_pointwise(following, conv, modules[name])
-    if chain.reason is not None or not inference:
-        return chain
-    here = following
-    while (found := reading.after(here)[0]) is not None:
-        module = modules[found]
-        if type(module) is not nn.Identity and _take(
-            chain, found, module, "pointwise", inference, excluded, originals
-        ):
-            break
-        here = chain.last = found
-    previous = reading.before(name)
-    excepted = previous is None or excluded(previous, originals[previous])
-    if previous is not None and not excepted and previous not in reading.taken:
-        module = modules[previous]
-        activation = _activation_name(module)
-        source = reading.before(previous)
-        # One that works in place changes what others may still read, unless that is a fresh output.
-        fresh = source is not None and isinstance(modules[source], (nn.Conv2d, nn.BatchNorm2d))
-        if activation and not _hooked(module) and (fresh or not getattr(module, "inplace", False)):
-            chain.activations["input_activation"] = activation
-            chain.absorbed[previous] = "input_activation"
-            chain.first = previous
+    elif (hidden := reading.why_hidden(name)) is not None:
+        chain.reason = hidden
+    elif chain.is_pair:
+        chain.reason = _why_no_convolution(chain, name) or _take_between(chain)
+    else:
+        layer: Any = reading.modules[name]
+        chain.reason = next(
+            filter(
+                None,
+                (
+                    _why_no_convolution(chain, each)
+                    for each in (name, f"{name}.depthwise", f"{name}.pointwise")
+                ),
+            ),
+            None,
+        )
+        stages = ("input_activation", "depthwise_activation", "activation")
+        chain.activations |= {
+            stage: getattr(layer, stage) for stage in stages if getattr(layer, stage) != _LINEAR
+        }
+    if chain.reason is None and inference:
+        _take_after(chain)
+        _take_before(chain)
     return chain
 
 
-def _take(
-    chain: _Chain,
-    name: str,
-    module: nn.Module,
-    stage: str,
-    inference: bool,
-    excluded: Exclusion,
-    originals: dict[str, nn.Module],
-) -> str | None:
+def _take_between(chain: _Chain) -> str | None:
+    """Takes all up to the pointwise convolution into the chain, or tells why not."""
+    reading = chain.reading
+    while True:
+        following, why = reading.after(chain.last)
+        if following is None:
+            return why
+        module = reading.modules[following]
+        chain.last = following
+        if isinstance(module, nn.Conv2d):
+            chain.pointwise = following
+            depthwise = reading.modules[chain.name]
+            return _why_no_convolution(chain, following) or _why_no_pointwise(
+                following, module, depthwise
+            )
+        refusal = None if type(module) in _PASSING else _take(chain, following, "depthwise")
+        if refusal is not None:
+            return f"between the stages: {refusal}"
+
+
+def _take_after(chain: _Chain) -> None:
+    """Takes batch norms and an activation behind the stages into the chain."""
+    while (found := chain.reading.after(chain.last)[0]) is not None:
+        passes = type(chain.reading.modules[found]) in _PASSING
+        if not passes and _take(chain, found, "pointwise"):
+            return
+        chain.last = found
+
+
+def _take_before(chain: _Chain) -> None:
+    """Takes a padding and an activation before the stages into the chain."""
+    reading = chain.reading
+
+    def previous(name: str) -> str | None:
+        found = reading.before(name)
+        if found is None or found in reading.taken or chain.is_excluded(found):
+            return None
+        return None if hooked(reading.modules[found]) else found
+
+    found = previous(chain.name)
+    if found is None or "input_activation" in chain.activations:
+        return
+    amounts = _amounts_of(reading.modules[found])
+    if amounts is not None and _padding_of(reading.modules[chain.name]) is not None:
+        chain.amounts = amounts
+        chain.absorbed[found] = "padding"
+        chain.first = found
+        found = previous(found)
+    if found is None or not (activation := _activation_name(reading.modules[found])):
+        return
+    # One that works in place changes what others may still read, unless that is a fresh output.
+    source = reading.before(found)
+    fresh = source is not None and isinstance(reading.modules[source], _MAKING)
+    if fresh or not getattr(reading.modules[found], "inplace", False):
+        chain.activations["input_activation"] = activation
+        chain.absorbed[found] = "input_activation"
+        chain.first = found
+
+
+def _take(chain: _Chain, name: str, stage: str) -> str | None:
     """Takes a batch norm or an activation behind a stage into the chain, or tells why not."""
+    module = chain.reading.modules[name]
     role = "activation" if stage == "pointwise" else "depthwise_activation"
-    kind = f"{name} ({type(module).__name__})"
-    if excluded(name, originals[name]):
+    kind = f"{name} ({module.name if isinstance(module, Function) else type(module).__name__})"
+    if chain.is_excluded(name):
         return f"{name} is excluded"
-    if _hooked(module):
+    if hooked(module):
         return f"{kind} has hooks"
     if name in chain.reading.taken:
         return f"{kind} is part of another layer"
@@ -407,7 +397,7 @@ def _take(
     norm = isinstance(module, nn.BatchNorm2d)
     if activation is None and not norm:
         return kind
-    if not inference:
+    if not chain.inference:
         what = "a batch norm in training" if norm else "an activation"
         return f"{kind} is {what}; inference=True folds it"
     if role in chain.activations or (norm and stage in chain.norms):
@@ -424,9 +414,16 @@ def _take(
     return None
 
 
-def _why_no_convolution(name: str, module: nn.Module) -> str | None:
-    if _hooked(module):
+def _why_no_convolution(chain: _Chain, name: str) -> str | None:
+    module = chain.reading.modules[name]
+    if chain.is_excluded(name):
+        return f"{name} is excluded"
+    if hooked(module):
         return f"{name} has hooks"
+    if name in chain.reading.read:
+        return f"the weights of {name} are used in the code of the model as well"
+    if isinstance(module, SeparableConv2d):
+        return None
     if "weight" not in module._parameters or hasattr(module, "parametrizations"):
         return f"the weight of {name} is computed (weight norm, a parametrization, pruning)"
     conv: Any = type(module)
@@ -450,15 +447,45 @@ def _why_no_pointwise(name: str, conv: nn.Conv2d, depthwise: Any) -> str | None:
 
 def _activation_name(module: nn.Module) -> str | None:
     """The name that an activation has here, or `None`."""
-    name = _MODULES.get(type(module))
-    if name is None:
-        return None
+    if isinstance(module, Function):
+        names = [] if module.name == "pad" else list(ACTIVATIONS[1:])
+    else:
+        names = [name for kind, name in _MODULES.items() if kind is type(module)]
+    # Far numbers as well: a bound may be anywhere.
     x = torch.linspace(-8.0, 8.0, 97, dtype=torch.float64)
-    return (
-        name
-        if torch.allclose(module(x.clone()), ACTIVATION_FUNCTIONS[name](x), atol=1e-9)
-        else None
-    )
+    x = torch.cat([x, torch.tensor([-1e30, 1e30], dtype=torch.float64)])
+    y = module(x.clone()) if names else x
+    for name in names:
+        if torch.allclose(y, ACTIVATION_FUNCTIONS[name](x), atol=1e-9):
+            return name
+    return None
+
+
+def _amounts_of(module: nn.Module) -> tuple[Pair, Pair] | None:
+    """Rows and columns of zeros that a module adds; `None` if it does something else."""
+    if type(module) is nn.ZeroPad2d or (type(module) is nn.ConstantPad2d and module.value == 0):
+        amounts: Any = module.padding
+    elif isinstance(module, Function) and module.name == "pad":
+        call = inspect.signature(nn.functional.pad).bind(None, *module.arguments, **module.keywords)
+        call.apply_defaults()
+        if call.arguments["mode"] != "constant" or call.arguments["value"] not in (None, 0):
+            return None
+        amounts = call.arguments["pad"]
+    else:
+        return None
+    amounts = (*amounts, 0, 0, 0, 0)[: max(4, len(amounts))]
+    if len(amounts) > 4 or min(amounts) < 0:
+        return None
+    left, right, top, bottom = amounts
+    return (top, bottom), (left, right)
+
+
+def _padding_of(conv: Any) -> tuple[Pair, Pair] | None:
+    """What a convolution, or a layer of ours, pads rows and columns with, if that is in numbers."""
+    if isinstance(conv.padding, str):
+        return _NONE if conv.padding == ConvSpec().padding else None
+    rows, columns = (size if isinstance(size, tuple) else (size, size) for size in conv.padding)
+    return rows, columns
 
 
 def _after_norm(norm: nn.BatchNorm2d) -> str | None:
@@ -504,37 +531,46 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 # --------------------------------------------------------------------------------- the new model
 
 
+def _take_functions(
+    modules: dict[str, nn.Module],
+    chains: list[_Chain],
+    made: dict[str, SeparableConv2d],
+    places: dict[str, Place],
+) -> None:
+    """Takes the functions that are part of a layer out of the code that calls them."""
+    taken: dict[str, dict[int, nn.Module]] = {}
+    for chain in chains:
+        for name in chain.absorbed:
+            if name in places:
+                owner, number = places[name]
+                stand_in = chain.stand_in(name, made[chain.name])
+                taken.setdefault(owner, {})[number] = stand_in.train(modules[owner].training)
+    for owner, stand_ins in taken.items():
+        rewrite(modules[owner], stand_ins)
+
+
 def _swap(
     new: nn.Module,
     chain: _Chain,
+    modules: dict[str, nn.Module],
     layer: SeparableConv2d,
     renamed: dict[str, str],
-    inference: bool,
 ) -> None:
-    modules = chain.reading.modules
     stand_ins: dict[int, nn.Module] = {id(modules[chain.name]): layer}
-    for name, role in {chain.pointwise: "pointwise", **chain.absorbed}.items():
-        stand_ins[id(modules[name])] = Absorbed(layer, role).train(modules[name].training)
+    for name in (chain.pointwise, *chain.absorbed):
+        # Else it is a function, which is out of the code already; or the layer has no such part.
+        if name and name in modules:
+            stand_in = chain.stand_in(name, layer)
+            stand_ins[id(modules[name])] = stand_in.train(modules[name].training)
     paths = [(path, module) for path, module in new.named_modules(remove_duplicate=False)]
     for stage, own in (("depthwise", chain.name), ("pointwise", chain.pointwise)):
-        if stage in chain.norms:
+        if stage in chain.norms or not chain.is_pair:
             continue
         for path, module in paths:
             if module is modules[own]:
                 for parameter, _ in module.named_parameters():
                     renamed[f"{path}.{parameter}"] = f"{chain.name}.{stage}.{parameter}"
-    _replaced(new, stand_ins)
-
-
-def _replaced(model: nn.Module, stand_ins: dict[int, nn.Module]) -> nn.Module:
-    """The model with modules replaced, wherever they stand in it."""
-    if id(model) in stand_ins:
-        return stand_ins[id(model)]
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if id(child) in stand_ins:
-                module._modules[name] = stand_ins[id(child)]
-    return model
+    replaced(new, stand_ins)
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -618,40 +654,43 @@ def _observed(
     found: dict[str, dict[str, Any]],
 ) -> Iterator[Any]:
     facts = found[chain.name]
-    depthwise = modules[chain.name]
     pointwise = modules[chain.pointwise] if chain.pointwise else None
 
     def count(module: Any, given: Any, output: Tensor) -> None:
-        images = output.shape[0] if output.dim() == 4 else 1
-        values = output.numel() // max(images, 1)
-        height, width = depthwise.kernel_size
-        filters = pointwise.out_channels if pointwise is not None else 0
+        positions = output.shape[-2] * output.shape[-1]
+        if isinstance(module, SeparableConv2d):
+            values = positions * module.depthwise.out_channels
+            filters, saved = module.out_channels, 0  # Nothing more than before.
+        else:
+            values = positions * module.out_channels
+            filters = pointwise.out_channels if pointwise is not None else 0
+            saved = values * output.element_size() if chain.name in made else 0
+        height, width = module.kernel_size
         facts["calls"] += 1
         facts["macs"] = facts.get("macs", 0) + values * (height * width + filters)
-        saved = values * output.element_size() if chain.name in made else 0
         facts["hidden_bytes"] = facts.get("hidden_bytes", 0) + saved
 
-    yield depthwise.register_forward_hook(count)
+    yield modules[chain.name].register_forward_hook(count)
     if chain.name not in made:
         return
     layer = made[chain.name]
     kept: list[Tensor] = []
 
-    def keep(module: Any, given: tuple[Tensor, ...]) -> None:
-        kept.append(given[0].clone())
+    def keep(module: Any, given: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        (x,) = (*given, *keywords.values())
+        kept.append(x.clone())
 
     def compare(module: Any, given: Any, output: Tensor) -> None:
         y = layer(kept.pop())
         facts["difference"] = max(facts.get("difference", 0.0), _largest(y.double() - output))
         facts["largest"] = max(facts.get("largest", 0.0), _largest(output))
 
-    yield modules[chain.first].register_forward_pre_hook(keep)
+    yield modules[chain.first].register_forward_pre_hook(keep, with_kwargs=True)
     yield modules[chain.last].register_forward_hook(compare)
 
 
-def _compared(base: nn.Module, new: nn.Module, arguments: tuple[Any, ...]) -> tuple[float, float]:
-    old = list(_tensors(_called(base, arguments)))
-    pairs = list(zip(old, _tensors(_called(new, arguments)), strict=True))
+def _compared(old: list[Tensor], new: Any) -> tuple[float, float]:
+    pairs = list(zip(old, _tensors(new), strict=True))
     difference = max((_largest(b.double() - a.double()) for a, b in pairs), default=0.0)
     return difference, max(map(_largest, old), default=0.0)
 
