@@ -217,10 +217,26 @@ def test_layers_that_are_called_twice_or_hidden(tmp_path):
         net.compile("adam", "mse")
         net.save(sys.argv[1])
         net.save_weights(sys.argv[2])
+        # Such weights have no names, so they go into a model of the same layers, and no other.
+        from sepconv.models.convert import convert
+        other = keras.models.clone_model(net)
+        other.save("other.keras")
+        keras.Model(other.input, other.layers[2].output).save("part.keras")
+        convert(sys.argv[2], "full.safetensors", model="other.keras")
+        convert("other.keras", "other.safetensors")
+        convert(sys.argv[1], "net.safetensors")
+        keras.Sequential([keras.Input((8, 8, 2)), layers.Conv2D(3, 1)]).save("wider.keras")
+        for model in ("part.keras", "wider.keras"):
+            try:
+                convert(sys.argv[2], "no.keras", model=model)
+            except ValueError as error:
+                print(error)
     """
     environment = os.environ | {"KERAS_BACKEND": "torch"}
     command = [sys.executable, "-c", textwrap.dedent(program), path, weights]
-    subprocess.run(command, check=True, env=environment)
+    refusals = subprocess.run(
+        command, check=True, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ).stdout
     facts = json.loads(shell("inspect", path, "--json", KERAS_BACKEND="torch").stdout)
     found = {layer["name"]: layer for layer in facts["layers"]}
     assert found["same"]["macs"] == 2 * 64 * (9 * 2 + 2 * 2)
@@ -234,6 +250,13 @@ def test_layers_that_are_called_twice_or_hidden(tmp_path):
     (only,) = facts["layers"]
     assert only["kind"] == "SeparableConv2D"
     assert only["parameters"] == 9 * 2 + 2 * 2 + 2
+    full, other, of_net = (
+        read_tensors(tmp_path / f"{name}.safetensors") for name in ("full", "other", "net")
+    )
+    np.testing.assert_equal(full, of_net)
+    assert not np.array_equal(other["dense/kernel"], of_net["dense/kernel"])
+    assert refusals.count(f"{weights}: not the weights of this model") == 2
+    assert not (tmp_path / "no.keras").exists()
 
 
 def test_biases_between_the_stages_keep_their_names(tmp_path):

@@ -174,6 +174,7 @@ ROOMS = {
         "sepconv.keras",
         "sepconv.models.keras_fused",
         "sepconv.models.tensors",
+        "sepconv.models.weights",
     },
     "models/keras_onnx.py": {
         "keras",

@@ -18,6 +18,7 @@ from sepconv.models.tensors import read_tensors, write_tensors
 from sepconv.models.weights import (
     chosen_tensors,
     depthwise_to_torch,
+    is_numbered,
     is_optimizer_slot,
     pointwise_to_torch,
     separable_names,
@@ -59,8 +60,8 @@ def convert(
     Args:
         source: What `sepconv.load` reads.
         target: The file to write; its folder must exist.
-        model: The file of a model whose weights the tensors of `source` are, by their names; see
-            `sepconv.models.keras_assign.assign`.
+        model: The file of a model whose weights the tensors of `source` are, by their names (see
+            `sepconv.models.keras_assign.assign`), or in `.weights.h5` of Keras 3 by their place.
         layout: Names and axes of separable convolutions among tensors: `"keras"`, `"torch"`, or
             `None` for torch in files of torch, and as they are in others.
         moving_averages: Whether to take moving averages in place of the weights.
@@ -138,6 +139,11 @@ def _with_tensors(path: Path, source: Path, *, moving_averages: bool) -> Any:
 
     model = load(path)
     tensors = chosen_tensors(read_tensors(source), moving_averages=moving_averages)
+    if source.suffix.lower() == ".h5" and any(map(is_numbered, tensors)):
+        from sepconv.models.keras_files import load_weights
+
+        load_weights(source, model)
+        return model
     try:
         assign(model, translated(tensors, "keras"))
     except ValueError as error:

@@ -24,12 +24,14 @@ import h5py
 import keras
 from keras.src.backend.common import global_state
 
-from sepconv.models.tensors import MOST_COMPRESSION, check_dataset
+from sepconv.models.tensors import MOST_COMPRESSION, check_dataset, read_tensors
+from sepconv.models.weights import is_optimizer_slot
 
 __all__ = [
     "hard_sigmoid_of_keras_2",
     "has_model",
     "load_model",
+    "load_weights",
     "read_config",
     "stored_weights",
 ]
@@ -118,6 +120,39 @@ def load_model(path: Path, *, fused: bool, custom_objects: Mapping[str, Any] | N
             raise ValueError(f"{path}: the config is nested too deeply") from error
         except Exception as error:  # What a config can be wrong in has no end.
             raise ValueError(f"{path}: Keras cannot make the model: {_reason(error)}") from error
+
+
+def load_weights(path: Path, model: Any) -> None:
+    """Gives a model the weights of a `.weights.h5` file that Keras 3 wrote of one like it.
+
+    Such a file numbers the weights of each layer, and names layers by their class and order, so
+    that only Keras knows which are which.
+
+    Args:
+        path: Of the file.
+        model: A built model, which is not to be used after an error.
+
+    Raises:
+        ValueError: the file is damaged, or is of another model.
+    """
+    with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
+        copy = Path(folder) / "copy.weights.h5"
+        _copy_hdf5(path, path, copy, {})
+        try:
+            model.load_weights(copy)
+        except Exception as error:  # Keras raises what its layers do.
+            raise ValueError(f"{path}: not the weights of this model: {_reason(error)}") from error
+        # Keras takes a file that has more.
+        again = Path(folder) / "again.weights.h5"
+        model.save_weights(again)
+        more = [each for each in _weights_of(copy) if each not in set(_weights_of(again))]
+        if more:
+            raise ValueError(f"{path}: not the weights of this model, which has no {more[0]}")
+
+
+def _weights_of(path: Path) -> list[str]:
+    """Names of the weights in a file that Keras wrote, without those of an optimizer."""
+    return [name for name in read_tensors(path) if not is_optimizer_slot(name)]
 
 
 @contextmanager

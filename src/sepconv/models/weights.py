@@ -24,6 +24,7 @@ __all__ = [
     "depthwise_from_torch",
     "depthwise_to_torch",
     "is_moving_average",
+    "is_numbered",
     "is_optimizer_slot",
     "pointwise_from_torch",
     "pointwise_to_torch",
@@ -229,6 +230,19 @@ def is_moving_average(name: str) -> bool:
         (True, False)
     """
     return name.endswith(_SHADOW) or name.partition(".")[0] in _AVERAGED
+
+
+def is_numbered(name: str) -> bool:
+    """Tells whether the name of a tensor is the number of a weight in its layer, as in Keras 3.
+
+    Args:
+        name: Of the tensor, as `read_tensors` gives it.
+
+    Example:
+        >>> is_numbered("layers/dense/vars/0"), is_numbered("dense/kernel")
+        (True, False)
+    """
+    return re.search(r"(^|/)vars/\d+$", name) is not None
 
 
 def _parts(name: str) -> list[str]:
