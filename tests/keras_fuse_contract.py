@@ -255,6 +255,46 @@ def test_a_model_with_code():
     assert_same(net, sepconv.to_stock(model), batch(2, 12, 10, 3))
 
 
+def test_weights_are_not_drawn_at_random_before_they_get_their_values():
+    drawn = []
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class Recorded(keras.initializers.Initializer):
+        def __call__(self, shape, dtype=None):
+            drawn.append(shape)
+            return keras.ops.ones(shape, dtype)
+
+    model = functional(
+        layers.DepthwiseConv2D(3, depthwise_initializer=Recorded()),
+        layers.Conv2D(4, 1, kernel_initializer=Recorded()),
+        layers.Dense(2, kernel_initializer=Recorded()),
+    )
+    drawn.clear()
+    for each in (new := sepconv.fuse(model).model, sepconv.to_stock(new)):
+        assert drawn == []
+        assert_same(each, model, batch(1, 12, 10, 3))
+    # The optimizer of a compiled model makes variables of numbers, which Keras has no such way for.
+    model.compile("adam", "mse")
+    new = sepconv.fuse(model).model
+    assert new.compiled
+    assert sepconv.to_stock(new).compiled
+
+
+def test_training_the_copy_leaves_the_original_as_it_was():
+    model = functional(
+        layers.DepthwiseConv2D(3), layers.Conv2D(8, 1), layers.Conv2D(4, 3), STOCK(2, 3)
+    )
+    x = batch(1, 12, 10, 3)
+    for make in (lambda each: sepconv.fuse(each).model, sepconv.to_stock):
+        before = outputs(model, x)
+        new = make(model)
+        new.compile(keras.optimizers.SGD(0.1), "mse")
+        new.fit(x, np.ones((1, 6, 4, 2), "float32"), verbose=0)
+        assert_array_equal(outputs(model, x), before)
+        assert not np.allclose(outputs(new, x), before)
+        model = new
+
+
 def test_layers_of_ours_stay_and_are_no_candidates():
     net = functional(SeparableConv2D(4, 3), STOCK(3, 3))
     model, report = sepconv.fuse(net)

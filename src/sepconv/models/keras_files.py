@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import sepconv.models.keras_fused  # noqa: F401
 # isort: split
 import h5py
 import keras
-from keras.src.backend.common import global_state
 
+from sepconv.models.keras_values import values_given
 from sepconv.models.tensors import MOST_COMPRESSION, check_dataset, read_tensors
 from sepconv.models.weights import is_optimizer_slot
 
@@ -109,13 +109,17 @@ def load_model(path: Path, *, fused: bool, custom_objects: Mapping[str, Any] | N
         write = _write_archive if path.suffix.lower() == ".keras" else _write_hdf5
         copy, elements = write(path, Path(folder), config)
 
-        def loaded() -> Any:
-            return keras.saving.load_model(
-                copy, custom_objects=custom_objects, compile=False, safe_mode=True
-            )
-
         try:
-            return _filled(loaded, elements)
+            # Whatever the config makes of its sizes, nothing is allocated before it is known that
+            # the weights are those of the file.
+            with values_given():
+                model = keras.saving.load_model(
+                    copy, custom_objects=custom_objects, compile=False, safe_mode=True
+                )
+                needed = sum(math.prod(weight.shape) for weight in model.weights)
+                if needed > elements:
+                    raise ValueError(f"it needs {needed} weights, and the file has {elements}")
+            return model
         except RecursionError as error:
             raise ValueError(f"{path}: the config is nested too deeply") from error
         except Exception as error:  # What a config can be wrong in has no end.
@@ -167,46 +171,6 @@ def stored_weights(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
         yield _extracted(path, Path(folder))
-
-
-def _filled(loaded: Callable[[], Any], elements: int) -> Any:
-    """Returns the model that a function loads, whose weights get memory for their values alone.
-
-    Whatever the config makes of its sizes, nothing is allocated before it is known that the weights
-    are those of the file; and no random numbers are drawn that the file then replaces, which with
-    JAX take a compilation for each shape.
-
-    Raises:
-        ValueError: the model has more weights than the file.
-    """
-    scope = keras.StatelessScope(initialize_variables=False)
-    # Keras keeps variables that have no value yet until the end of a scope that gives them one.
-    waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
-    before = len(waiting)
-    try:
-        with scope:
-            model = loaded()
-        needed = sum(math.prod(weight.shape) for weight in model.weights)
-        if needed > elements:
-            raise ValueError(f"it needs {needed} weights, and the file has {elements}")
-        for variable in waiting[before:]:
-            value = scope.get_current_value(variable)
-            if value is not None:
-                variable._initializer = _Stored(value)
-            variable._deferred_initialize()
-    finally:
-        del waiting[before:]
-    return model
-
-
-class _Stored:
-    """An initializer that gives what was stored."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        return self._value
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from sepconv.models.keras_measure import (
     unchanged,
 )
 from sepconv.models.keras_rebuild import Rebuilding
+from sepconv.models.keras_values import made_with_values
 from sepconv.models.report import Candidate, Report
 
 __all__ = ["fuse", "to_stock"]
@@ -57,25 +58,30 @@ def fuse(
     values = input_values(model, inputs)
     chains = find_chains(reading, inference, excluded)
     swaps = [chain for chain in chains if chain.reason is None]
-    fused = {id(chain.carrier): chain.make() for chain in swaps}
     absorbed = {id(operation) for chain in swaps for operation in chain.operations}
-
-    def replacement(operation: Any) -> list[Any] | None:
-        if id(operation) in fused:
-            return [fused[id(operation)]]
-        return [] if id(operation) in absorbed else None
 
     def accepts(layer: Any) -> bool:
         return type(layer) is layers.SeparableConv2D and not excluded(reading.name(layer), layer)
 
-    rebuilding = Rebuilding(replacement, SeparableConv2D, accepts)
-    with unchanged(model):
+    def rebuilt() -> tuple[keras.Model, Rebuilding, dict[int, Any]]:
+        fused = {id(chain.carrier): chain.make() for chain in swaps}
+
+        def replacement(operation: Any) -> list[Any] | None:
+            if id(operation) in fused:
+                return [fused[id(operation)]]
+            return [] if id(operation) in absorbed else None
+
+        rebuilding = Rebuilding(replacement, SeparableConv2D, accepts)
         new = rebuilding.model(model, values)
+        for chain in swaps:
+            chain.load_weights(fused[id(chain.carrier)])
+        return new, rebuilding, fused
+
+    with unchanged(model):
+        new, rebuilding, fused = made_with_values(rebuilt)
         renamed: dict[str, str] = {}
         for chain in swaps:
-            layer = fused[id(chain.carrier)]
-            chain.load_weights(layer)
-            renamed |= chain.renamed(layer)
+            renamed |= chain.renamed(fused[id(chain.carrier)])
         with unchanged(model, new):
             observations = observed(reading, chains, fused, values)
         with unchanged(model, new):
@@ -115,28 +121,32 @@ def to_stock(model: keras.Model) -> keras.Model:
         ValueError: the model is not built, or cannot be built again from its config.
     """
     Reading(model)  # For its checks.
-    made: list[tuple[Any, list[Any]]] = []
-
-    def replacement(operation: Any) -> list[Any] | None:
-        if type(operation) is SeparableConv2D:
-            stock = [layers.SeparableConv2D.from_config(operation.get_config())]
-        elif type(operation) is FusedSeparableConv2D:
-            stock = operation.stock_layers()
-        else:
-            return None
-        made.append((operation, stock))
-        return stock
 
     def accepts(layer: Any) -> bool:
         return type(layer) is SeparableConv2D
 
-    new = Rebuilding(replacement, layers.SeparableConv2D, accepts).model(model, None)
-    for old, stock in made:
-        if isinstance(old, FusedSeparableConv2D):
-            old.load_stock_weights(stock)
-        else:
-            stock[0].set_weights(old.get_weights())
-    return new
+    def rebuilt() -> keras.Model:
+        made: list[tuple[Any, list[Any]]] = []
+
+        def replacement(operation: Any) -> list[Any] | None:
+            if type(operation) is SeparableConv2D:
+                stock = [layers.SeparableConv2D.from_config(operation.get_config())]
+            elif type(operation) is FusedSeparableConv2D:
+                stock = operation.stock_layers()
+            else:
+                return None
+            made.append((operation, stock))
+            return stock
+
+        new = Rebuilding(replacement, layers.SeparableConv2D, accepts).model(model, None)
+        for old, stock in made:
+            if isinstance(old, FusedSeparableConv2D):
+                old.load_stock_weights(stock)
+            else:
+                stock[0].set_weights(old.get_weights())
+        return new
+
+    return made_with_values(rebuilt)
 
 
 def _candidate(

@@ -118,7 +118,8 @@ class Rebuilding:
     def _fill(self, old: Any, copy: Any) -> None:
         """Gives a layer whose code is its own what the original has."""
         for theirs, mine in zip(old.variables, copy.variables, strict=True):
-            mine.assign(theirs)
+            # Not the array itself: JAX takes its memory away when one of the models is trained.
+            mine.assign(keras.ops.convert_to_numpy(theirs))
         is_changed = False
         for theirs, mine in zip(inner_layers(old), inner_layers(copy), strict=True):
             mine.trainable = theirs.trainable
