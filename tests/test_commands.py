@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import h5py
 import numpy as np
 import onnxruntime
 import pytest
@@ -149,6 +150,22 @@ def test_usage_and_traces(weights):
     assert call("convert", code=2).stdout == ""
     result = CliRunner().invoke(app, ["--debug", "inspect", "no-such-file.keras"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_terminal_sees_how_far_the_work_is_and_nobody_else(tmp_path):
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file.update({"a": np.ones(2), "b": np.ones(3)})
+    seen = {}
+    for terminal in (False, True):
+        for options in ((), ("--json",)):
+            result = CliRunner(env={"TTY_COMPATIBLE": str(int(terminal))}).invoke(
+                app, ["inspect", str(path), *options]
+            )
+            assert result.exit_code == 0
+            seen[terminal, options] = result.stderr
+    assert "2 of 2 tensors read" in seen.pop((True, ()))
+    assert set(seen.values()) == {""}
 
 
 def test_inspect_shows_tensors_and_their_role(weights, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,25 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     for printed in re.findall(r"\nprints\n\n((?:    .*\n)+)", text):
         first = printed.splitlines()[0].strip()
         assert first in done.stdout
+
+
+def test_examples_in_docstrings_of_models_and_their_files_run(tmp_path):
+    program = """
+        import doctest, importlib, pkgutil
+        import sepconv.keras, sepconv.models
+        found = ["sepconv.doctor", "sepconv.progress"]
+        folder = sepconv.models.__path__
+        found += [each.name for each in pkgutil.iter_modules(folder, "sepconv.models.")]
+        results = [doctest.testmod(importlib.import_module(name)) for name in found]
+        assert not any(each.failed for each in results)
+        assert sum(each.attempted for each in results) > 60
+    """
+    environment = os.environ | {"KERAS_BACKEND": "torch", "KERAS_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_the_site_is_built_without_complaint(tmp_path):

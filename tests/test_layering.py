@@ -114,6 +114,7 @@ ROOMS = {
     },
     "machine.py": {"numpy", "sepconv", "sepconv._native"},
     "timing.py": {"numpy"},
+    "progress.py": set(),
     # An engine runs in a process of its own, with its framework and a door of ours.
     "bench/engines/jax.py": {"jax", *ENGINE, "sepconv.jax"},
     "bench/engines/keras.py": {"keras", "jax", "torch", *ENGINE, "sepconv.keras"},
@@ -154,6 +155,7 @@ ROOMS = {
         "sepconv.demo.",
         "sepconv.doctor",
         "sepconv.models.",
+        "sepconv.progress",
     },
     "models/__init__.py": set(),
     "models/exclusion.py": set(),
@@ -177,6 +179,7 @@ ROOMS = {
         "sepconv.models.keras_values",
         "sepconv.models.tensors",
         "sepconv.models.weights",
+        "sepconv.progress",
     },
     "models/keras_onnx.py": {
         "keras",
@@ -189,6 +192,7 @@ ROOMS = {
         "sepconv.models.keras_graph",
         "sepconv.models.onnx",
         "sepconv.models.weights",
+        "sepconv.progress",
     },
     "models/load.py": {
         "numpy",
@@ -209,6 +213,7 @@ ROOMS = {
         "sepconv.models.keras_rebuild",
         "sepconv.models.keras_values",
         "sepconv.models.report",
+        "sepconv.progress",
     },
     "models/torch_graph.py": {"torch", "sepconv.torch"},
     "models/torch_functions.py": {"torch", "sepconv.models.torch_graph"},
@@ -234,6 +239,7 @@ ROOMS = {
         "sepconv.models.report",
         "sepconv.models.tensors",
         "sepconv.models.weights",
+        "sepconv.progress",
     },
     "models/inspect.py": {
         "numpy",
@@ -251,6 +257,7 @@ ROOMS = {
         "sepconv.backends",
         "sepconv.machine",
         "sepconv.spec",
+        "sepconv.progress",
     },
     "commands/*": {"rich", "sepconv.doctor", "sepconv.models."},
     "models/weights.py": {"numpy", "sepconv.spec"},
@@ -263,6 +270,7 @@ ROOMS = {
         "torch",
         "sepconv.models.atomic",
         "sepconv.models.checkpoints",
+        "sepconv.progress",
     },
     "models/onnx.py": {
         "numpy",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import sepconv
+from sepconv.progress import listening
 
 try:
     import typer
@@ -67,13 +68,25 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outp
 
 
 @contextmanager
-def _working(what: str) -> Iterator[None]:
-    """Shows on a terminal that something goes on; standard output is for the answer."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        # How long it takes nobody knows: the bar moves, and the clock counts.
-        progress.add_task(escape(what), total=None)
-        yield
+def _working(what: str, *, quiet: bool) -> Iterator[None]:
+    """Shows on a terminal how far the work is; standard output is for the answer."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+    )
+    is_silent = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_silent) as progress:
+        # Until somebody says of how many, the bar moves, and the clock counts.
+        task = progress.add_task(escape(what), total=None, count="")
+
+        def show(kind: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, count=f"{done} of {total} {kind}")
+
+        with listening(show):
+            yield
 
 
 def _answer(facts: Any, shown: str | Iterable[Any], as_json: bool) -> None:
@@ -281,7 +294,7 @@ def convert(
     json: _Json = False,
 ) -> None:
     """Write a model or weights in another format."""
-    with _plain_errors(context), _working(f"{source} to {target}"):
+    with _plain_errors(context), _working(f"{source.name} to {target.name}", quiet=json):
         from sepconv.models.convert import convert as run
 
         names = run(
@@ -307,7 +320,7 @@ def inspect(
         from sepconv.commands.show import contents_tables
         from sepconv.models.inspect import inspect as run
 
-        with _working(str(file)):
+        with _working(file.name, quiet=json):
             contents = run(file)
         _answer(contents.facts(), contents_tables(contents), json)
 
@@ -335,7 +348,7 @@ def fuse(
     with _plain_errors(context):
         from sepconv.models.convert import fuse_file
 
-        with _working(f"{source} to {target}"):
+        with _working(f"{source.name} to {target.name}", quiet=json):
             report = fuse_file(
                 source,
                 target,
@@ -354,7 +367,7 @@ def doctor(context: typer.Context, json: _Json = False) -> None:
         from sepconv.commands.show import health_tables
         from sepconv.doctor import examine
 
-        with _working("asking the frameworks"):
+        with _working("doctor", quiet=json):
             health = examine()
         _answer(health.facts(), health_tables(health), json)
     if health.native_fault is not None:

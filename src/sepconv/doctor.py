@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from sepconv.progress import tracked
+
 __all__ = ["Backend", "Door", "Health", "examine"]
 
 _FRAMEWORKS = ("numpy", "jax", "torch", "keras")
@@ -105,7 +107,10 @@ def examine() -> Health:
         usable_cpus=machine.usable_cpus(),
         packages=machine.versions(*_PACKAGES),
         backends=tuple(_backends(fault)),
-        doors=tuple(Door(name, not (why := _why_not(name, fault)), why) for name in _FRAMEWORKS),
+        doors=tuple(
+            Door(name, not (why := _why_not(name, fault)), why)
+            for name in tracked(_FRAMEWORKS, "frameworks asked")
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from sepconv.models.weights import (
     separable_names,
     separable_weights,
 )
+from sepconv.progress import tracked
 
 __all__ = ["LAYOUTS", "check_target", "convert", "fuse_file", "tensors_of", "translated"]
 
@@ -217,7 +218,7 @@ def tensors_of(model: Any) -> dict[str, Array]:
     Models in models may use a path again; then a number follows it.
     """
     tensors: dict[str, Array] = {}
-    for variable in model.weights:
+    for variable in tracked(model.weights, "weights taken"):
         name, number = variable.path, 1
         while name in tensors:
             number += 1

@@ -26,6 +26,7 @@ import keras
 from sepconv.models.keras_values import values_given
 from sepconv.models.tensors import MOST_COMPRESSION, check_dataset, read_tensors
 from sepconv.models.weights import is_optimizer_slot
+from sepconv.progress import tracked
 
 __all__ = [
     "hard_sigmoid_of_keras_2",
@@ -456,7 +457,7 @@ def _copy_hdf5(path: Path, stored: Path, copy: Path, attributes: dict[str, bytes
         try:
             source.visititems(lambda name, node: nodes.update({name: node}))
             elements = 0
-            for name, node in [("/", source), *nodes.items()]:
+            for name, node in tracked([("/", source), *nodes.items()], "parts read"):
                 if isinstance(node, h5py.Dataset):
                     elements += _copy_dataset(path, stored, node, target, name)
                 elif isinstance(node, h5py.Group):

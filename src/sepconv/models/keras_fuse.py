@@ -25,6 +25,7 @@ from sepconv.models.keras_measure import (
 from sepconv.models.keras_rebuild import Rebuilding
 from sepconv.models.keras_values import made_with_values
 from sepconv.models.report import Candidate, Report
+from sepconv.progress import tracked
 
 __all__ = ["fuse", "to_stock"]
 
@@ -73,7 +74,7 @@ def fuse(
 
         rebuilding = Rebuilding(replacement, SeparableConv2D, accepts)
         new = rebuilding.model(model, values)
-        for chain in swaps:
+        for chain in tracked(swaps, "layers given their weights"):
             chain.load_weights(fused[id(chain.carrier)])
         return new, rebuilding, fused
 

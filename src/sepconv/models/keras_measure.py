@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from sepconv.models.keras_chains import Chain
 from sepconv.models.keras_graph import Graph, Reading
+from sepconv.progress import tracked
 from sepconv.spec import ConvSpec
 
 __all__ = [
@@ -160,13 +161,16 @@ def observed(
     found = {id(chain): Observation() for chain in chains}
     by_end = {id(chain.operations[-1]): chain for chain in chains}
     nested = {id(graph.model): graph for graph in reading.graphs}
+    whole = reading.graphs[0] if reading.graphs else None
 
     def run(graph: Graph, given: Sequence[Any]) -> list[Any]:
         tensors = {
             id(tensor): keras.ops.convert_to_tensor(value, dtype=tensor.dtype)
             for tensor, value in zip(graph.model.inputs, given, strict=True)
         }
-        for call in graph.calls:
+        # A model in the model is one of the calls of the model around it.
+        calls = tracked(graph.calls, "layers compared") if graph is whole else graph.calls
+        for call in calls:
             key = id(call.operation)
             if key in nested:
                 outputs = run(nested[key], [tensors[id(tensor)] for tensor in call.inputs])
@@ -183,8 +187,8 @@ def observed(
                 found[id(chain)].add(chain, fused.get(id(chain.carrier)), x, outputs[0])
         return [tensors[id(tensor)] for tensor in graph.model.outputs]
 
-    if reading.graphs:
-        run(reading.graphs[0], keras.tree.flatten(values))
+    if whole is not None:
+        run(whole, keras.tree.flatten(values))
     return found
 
 

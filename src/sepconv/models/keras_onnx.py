@@ -20,6 +20,7 @@ from sepconv.models.keras_fused import FusedSeparableConv2D
 from sepconv.models.keras_graph import Call, Graph, Reading
 from sepconv.models.onnx import DTYPES, Nodes, in_words, of_keras, window
 from sepconv.models.weights import depthwise_to_torch
+from sepconv.progress import tracked
 from sepconv.spec import ACTIVATIONS, ConvSpec
 
 __all__ = ["model_to_onnx"]
@@ -85,7 +86,8 @@ class _Network:
 
     def _run(self, graph: Graph) -> None:
         nested = {id(each.model): each for each in self._reading.graphs}
-        for call in graph.calls:
+        calls = tracked(graph.calls, "layers exported") if graph is self._whole else graph.calls
+        for call in calls:
             inner = nested.get(id(call.operation))
             if inner is not None:
                 self._copy(call.inputs, inner.model.inputs)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from sepconv.models.atomic import replacing
 from sepconv.models.checkpoints import checkpoint_prefix, read_checkpoint
+from sepconv.progress import tracked
 
 __all__ = ["MOST_COMPRESSION", "check_dataset", "read_tensors", "write_tensors"]
 
@@ -246,7 +247,7 @@ def _read_hdf5(path: Path) -> dict[str, Array]:
             names = _legacy_names(file, datasets) or {name: name for name in datasets}
             return {
                 name: _read_dataset(path, datasets[place])
-                for place, name in names.items()
+                for place, name in tracked(names.items(), "tensors read")
                 if datasets[place].dtype.kind in "biufcV" and datasets[place].dtype.names is None
             }
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
