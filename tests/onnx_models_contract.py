@@ -63,6 +63,14 @@ CHAINS = {
         layers.AveragePooling2D((2, 1)),
         layers.GlobalMaxPooling2D(keepdims=True),
     ],
+    "slopes": [
+        layers.PReLU(shared_axes=[1, 2]),
+        layers.Conv2D(4, 1),
+        layers.PReLU(shared_axes=[1]),
+        layers.Flatten(),
+        layers.Dense(3),
+        layers.PReLU(),
+    ],
     "sizes": [
         layers.ZeroPadding2D(((1, 2), (3, 0))),
         layers.Cropping2D(((0, 1), (2, 1))),
@@ -127,6 +135,34 @@ def test_transposes_are_at_the_edges_alone():
         "Transpose", "Conv", "BatchNormalization", "Relu", "Conv", "Conv", "Relu", "MaxPool",
         "Transpose", "Identity",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [2, 3, (1, 4), 5])
+def test_transposed_convolutions(kernel, padding):
+    for strides, dilation, added in [
+        (1, 1, None), (1, (2, 1), None), (2, 1, None), (2, 1, 0), (2, 1, 1), ((3, 2), 1, None),
+        ((3, 4), 1, (2, 1)),
+    ]:  # fmt: skip
+        model, x = chain(
+            layers.Conv2DTranspose(
+                3, kernel, strides, padding, output_padding=added, dilation_rate=dilation,
+                use_bias=added is None, activation="tanh",
+            ),
+            shape=(5, 4, 2),
+        )  # fmt: skip
+        operators = check(model, x)
+        assert operators == ["Transpose", "ConvTranspose", "Tanh", "Transpose", "Identity"]
+
+
+def test_channels_first_of_what_has_numbers_along_them():
+    options = {"padding": "same", "data_format": "channels_first"}
+    model, x = chain(
+        layers.Conv2DTranspose(3, 2, strides=2, **options),
+        layers.PReLU(shared_axes=[2, 3]),
+        shape=(4, 6, 5),
+    )
+    check(model, x)
 
 
 def test_branches_several_inputs_and_numbers():

@@ -62,7 +62,8 @@ class _Network:
         (dtype, *others) = sorted(dtypes)
         if others or dtype not in DTYPES:
             raise ValueError(
-                f"`layer` must compute in one dtype of floating-point numbers. "
+                "`layer` must compute in one dtype of floating-point numbers; a model of mixed "
+                "precision has the same weights as one with the dtype policy float32. "
                 f"Received: {', '.join(sorted(dtypes))}"
             )
         self.nodes = Nodes(opset, keras.ops.convert_to_numpy(keras.ops.zeros((), dtype)).dtype)
@@ -236,6 +237,58 @@ def _convolution(network: _Network, call: Call, name: str) -> None:
     network.set_image(call.outputs[0], value, layer.data_format)
 
 
+def _transposed_convolution(network: _Network, call: Call, name: str) -> None:
+    layer = call.operation
+    kernel = _array(layer.kernel)
+    further = layer.output_padding
+    if further is None or isinstance(further, int):
+        further = (further, further)
+    ends = [
+        _transposed_ends((size - 1) * dilation + 1, stride, added, layer.padding)
+        for size, dilation, stride, added in zip(
+            kernel.shape[:2], layer.dilation_rate, layer.strides, further, strict=True
+        )
+    ]
+    value = network.nodes.convolution(
+        network.image(call.inputs[0], layer.data_format),
+        name,
+        kernel.transpose(3, 2, 0, 1),
+        _array(layer.bias) if layer.use_bias else None,
+        "ConvTranspose",
+        strides=list(layer.strides),
+        dilations=list(layer.dilation_rate),
+        pads=[before for before, _, _ in ends] + [after for _, after, _ in ends],
+        output_padding=[more for _, _, more in ends],
+    )
+    value = _function(
+        network,
+        layer.activation,
+        value,
+        f"{name}/activated",
+        is_first=_is_last(layer.data_format),
+    )
+    network.set_image(call.outputs[0], value, layer.data_format)
+
+
+def _transposed_ends(
+    reach: int, stride: int, added: int | None, padding: str
+) -> tuple[int, int, int]:
+    """What a transposed convolution cuts off before and after, and how much it then adds after.
+
+    Args:
+        reach: Of the kernel, with its gaps.
+        stride: Of the convolution.
+        added: `output_padding` of Keras.
+        padding: Of Keras.
+    """
+    if padding == ConvSpec().padding:
+        return 0, 0, max(stride - reach, 0) if added is None else added
+    total = stride + reach - 2 if added is None else reach + reach % 2 - 2 + added
+    before = min(total - total // 2, reach - 1)
+    after = reach - 1 - (total - before)
+    return reach - 1 - before, max(after, 0), max(-after, 0)
+
+
 def _pooling(operator: str) -> Callable[[_Network, Call, str], None]:
     def write(network: _Network, call: Call, name: str) -> None:
         layer = call.operation
@@ -384,6 +437,15 @@ def _relu(network: _Network, call: Call, value: str, name: str, is_first: bool) 
         return network.nodes.add("LeakyRelu", [value], name, alpha=slope)
     ends = [network.nodes.constant(f"{name}/{each}", each) for each in (0.0, float(most))]
     return network.nodes.add("Clip", [value, *ends], name)
+
+
+@_pointwise
+def _prelu(network: _Network, call: Call, value: str, name: str, is_first: bool) -> str:
+    alpha = _array(call.operation.alpha)
+    slope = network.nodes.constant(
+        f"{name}/alpha", np.moveaxis(alpha, -1, 0) if is_first else alpha
+    )
+    return network.nodes.add("PRelu", [value, slope], name)
 
 
 def _softmax(network: _Network, call: Call, name: str) -> None:
@@ -540,6 +602,7 @@ _WRITERS: dict[type, Callable[[_Network, Call, str], None]] = {
     FusedSeparableConv2D: _separable,
     layers.Conv2D: _convolution,
     layers.DepthwiseConv2D: _convolution,
+    layers.Conv2DTranspose: _transposed_convolution,
     layers.MaxPooling2D: _pooling("MaxPool"),
     layers.AveragePooling2D: _pooling("AveragePool"),
     layers.GlobalAveragePooling2D: _global_pooling("GlobalAveragePool"),
@@ -550,6 +613,7 @@ _WRITERS: dict[type, Callable[[_Network, Call, str], None]] = {
     layers.Activation: _activation,
     layers.ReLU: _relu,
     layers.LeakyReLU: _relu,
+    layers.PReLU: _prelu,
     layers.Softmax: _softmax,
     layers.BatchNormalization: _batch_norm,
     layers.Rescaling: _rescaling,

@@ -310,13 +310,19 @@ class Nodes:
         return self.add(operator.name, [value, *constants], output, **operator.attributes)
 
     def convolution(
-        self, value: str, output: str, weight: Array, bias: Any = None, **attributes: Any
+        self,
+        value: str,
+        output: str,
+        weight: Array,
+        bias: Any = None,
+        operator: str = "Conv",
+        **attributes: Any,
     ) -> str:
         """Adds a convolution with a weight in the layout of ONNX."""
         inputs = [value, self.constant(f"{output}/weight", weight)]
         if bias is not None:
             inputs.append(self.constant(f"{output}/bias", bias))
-        return self.add("Conv", inputs, output, **attributes)
+        return self.add(operator, inputs, output, **attributes)
 
     def separable(
         self,
