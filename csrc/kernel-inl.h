@@ -131,7 +131,6 @@ SEPCONV_INLINE void FinishRows(const GemmArgs<T>& g, const Vec<T> (&sum)[kRows][
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Vec<T> value = sum[r][v] + bias[v];
-      if (g.before) value += Load(g.before + (r * kVectors + v) * kL);
       if (clamps) value = AtMost(AtLeast(value, low), high);
       if constexpr (kStreams) {
         Stream(to + v * kL, value);
@@ -185,6 +184,13 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
       }
     }
     return;
+  }
+  if (g.before) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += Load(g.before + (r * kVectors + v) * kL);
+    }
   }
   if (g.streams) {
     FinishRows<T, kRows, kVectors, true>(g, sum, c);
