@@ -522,9 +522,11 @@ class BackwardLoop {
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
     const bool needs_depthwise = slope || task.sums.pointwise_kernel;
     for (int64_t image = 0; needs_depthwise && image < sweep.images; ++image) {
-      DepthwiseRows(p_, task.input, sweep.image + image, row, row_end, task.q_begin, task.q_end,
-                    scratch.rows, scratch.taps,
-                    scratch.tile + image * (row_end - row) * width * slice_stride_, slice_stride_);
+      const DepthwiseStage<S, T, T> stage{p_,           p_.kernels.depthwise, task.input,
+                                          scratch.rows, scratch.taps,         task.q_begin,
+                                          task.q_end,   slice_stride_};
+      DepthwiseRows(stage, sweep.image + image, row, row_end,
+                    scratch.tile + image * (row_end - row) * width * slice_stride_);
     }
     if (slope) {
       for (int64_t p = 0; needs_depthwise_gradient() && p < pixels; ++p) {
@@ -735,10 +737,11 @@ class BackwardLoop {
       const T* shifted[kMaxSlideSources];
       for (int64_t i = 0; i < num_sources; ++i)
         shifted[i] = sources[i] ? sources[i] + shift * slice_stride_ : nullptr;
-      p_.kernels.slide({g.kernel_width, count, CeilDiv(g.in_width - phase, step), q.end - q.begin,
-                        shifted, step * slice_stride_, first, CeilDiv(g.out_width - shift, step),
-                        p_.depthwise_kernel + last_tap * p_.depth + q.begin, -p_.depth, nullptr,
-                        out + phase * out_stride, step * out_stride, g.in_width * out_stride});
+      p_.kernels.depthwise.slide(
+          {g.kernel_width, count, CeilDiv(g.in_width - phase, step), q.end - q.begin, shifted,
+           step * slice_stride_, first, CeilDiv(g.out_width - shift, step),
+           p_.depthwise_kernel + last_tap * p_.depth + q.begin, -p_.depth, nullptr,
+           out + phase * out_stride, step * out_stride, g.in_width * out_stride});
     }
   }
 
@@ -759,7 +762,7 @@ class BackwardLoop {
           gather_[phase], 0, num_columns, scratch.rows, num_rows, slice_stride_, g.kernel_width,
           p_.depth, p_.depthwise_kernel + q.begin, nullptr, scratch.taps,
           [&](int64_t first, int64_t count, const Tap<T>* taps, int64_t num_taps) {
-            p_.kernels.depthwise(
+            p_.kernels.depthwise.taps(
                 {taps, num_taps, count, q.end - q.begin, slice_stride_, nullptr,
                  out + (static_cast<int64_t>(phase) + first * g.stride_width) * out_stride,
                  g.stride_width * out_stride});

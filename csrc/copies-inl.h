@@ -143,64 +143,82 @@ void RoundRows(T* data, int64_t rows, int64_t count, int64_t stride) {
   }
 }
 
-#if defined(SEPCONV_SIMD_AVX512)
-// The least magnitude above zero, as bits less one; zero itself becomes the greatest.
-SEPCONV_INLINE Bits16 LeastOf(Bits16 least, Bits16 stored) {
-  const Bits16 magnitude = (stored & uint16_t{0x7fff}) - uint16_t{1};
-  return Select(magnitude < least, magnitude, least);
+// See LeastLanes. Bits less one are the greatest for zero.
+SEPCONV_INLINE FullBits16 LesserOf(FullBits16 least, FullBits16 bits) {
+  return Lesser(least, (bits & uint16_t{0x7fff}) - uint16_t{1});
 }
-SEPCONV_INLINE uint16_t LeastLane(Bits16 least) {
-  uint16_t result = 0xffff;
-  for (int i = 0; i < kLanes<float>; ++i)
-    result = std::min(result, static_cast<uint16_t>(least[i]));
-  return result;
+SEPCONV_INLINE Bits32 LesserOf(Bits32 least, Vec<float> value) {
+  return Lesser(least, (reinterpret_cast<Bits32>(value) & 0x7fffffffu) - 1u);
 }
-SEPCONV_INLINE Bits16 LoadBits(const BFloat16* from, int count) {
-  Bits16 bits = {};
-  std::memcpy(&bits, from, static_cast<size_t>(count) * sizeof(BFloat16));
+
+typedef uint16_t LeastWeights __attribute__((vector_size(SEPCONV_VECTOR_BYTES), may_alias));
+typedef uint32_t LeastValues __attribute__((vector_size(SEPCONV_VECTOR_BYTES), may_alias));
+SEPCONV_INLINE Bits32 LoadLeast(const LeastLanes& lanes) {
+  return *reinterpret_cast<const LeastValues*>(lanes.value);
+}
+SEPCONV_INLINE void StoreLeast(LeastLanes& lanes, Bits32 least) {
+  *reinterpret_cast<LeastValues*>(lanes.value) = least;
+}
+
+SEPCONV_INLINE void KeepLesser(LeastLanes* least, FullBits16 first, FullBits16 second) {
+  LeastWeights* weight = reinterpret_cast<LeastWeights*>(least->weight);
+  *weight = LesserOf(LesserOf(*weight, first), second);
+}
+
+// One vector of two rows, and its part of the least weight.
+SEPCONV_INLINE void StorePairs(BFloat16Pair* to, Bits16 first, Bits16 second, LeastLanes* least) {
+  const Bits32 pairs = ToBits32(first) | (ToBits32(second) << 16);
+  Store(to, pairs);
+  KeepLesser(least, reinterpret_cast<FullBits16>(pairs), reinterpret_cast<FullBits16>(pairs));
+}
+// Two vectors.
+SEPCONV_INLINE void StorePairs(BFloat16Pair* to, FullBits16 first, FullBits16 second,
+                               LeastLanes* least) {
+  Store(to, reinterpret_cast<Bits32>(InterleaveBits<false>(first, second)));
+  Store(to + kLanes<BFloat16Pair>, reinterpret_cast<Bits32>(InterleaveBits<true>(first, second)));
+  KeepLesser(least, first, second);
+}
+// The v-th vector from `from` on.
+template <typename V>
+SEPCONV_INLINE V LoadBits(const char* from, int v) {
+  V bits;
+  std::memcpy(&bits, from + v * static_cast<int>(sizeof(V)), sizeof(V));
   return bits;
 }
 
-// See PairKernels.
-inline uint16_t PackPairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
-                          int64_t width, float* to) {
-  constexpr int kL = kLanes<float>;
-  Bits16 least = Bits16{} - uint16_t{1};
+inline void PackPairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
+                      int64_t width, BFloat16Pair* to, LeastLanes* least) {
+  constexpr int kL = kLanes<BFloat16Pair>;
   for (int64_t r = 0; r < rows; r += 2) {
     for (int64_t c = 0; c < width; c += kL) {
       const int lanes = static_cast<int>(std::clamp<int64_t>(count - c, 0, kL));
       const BFloat16* at = from + r * stride + c;
-      // A whole vector is one load; memcpy of a variable length would be a call.
-      const Bits16 even = lanes == kL ? LoadBits(at, kL) : LoadBits(at, lanes);
-      Bits16 odd = {};
-      if (r + 1 < rows)
-        odd = lanes == kL ? LoadBits(at + stride, kL) : LoadBits(at + stride, lanes);
-      least = LeastOf(LeastOf(least, even), odd);
-      const Bits32 pairs =
-          __builtin_convertvector(even, Bits32) | (__builtin_convertvector(odd, Bits32) << 16);
-      Store(to + r / 2 * width + c, reinterpret_cast<Vec<float>>(pairs));
+      const Bits16 first = LoadBitsFirst(at, lanes);
+      const Bits16 second = r + 1 < rows ? LoadBitsFirst(at + stride, lanes) : Bits16{};
+      StorePairs(to + r / 2 * width + c, first, second, least);
     }
   }
-  return LeastLane(least);
 }
 
-inline uint16_t NarrowToPairs(const float* from, int64_t stride, int64_t rows, int64_t count,
-                              float* to, int64_t to_stride) {
-  constexpr int kL = kLanes<float>;
-  Bits16 least = Bits16{} - uint16_t{1};
-  for (int64_t r = 0; r < rows; ++r) {
-    BFloat16* out = reinterpret_cast<BFloat16*>(to + r * to_stride);
-    for (int64_t c = 0; c < count; c += kL) {
-      const int lanes = static_cast<int>(std::min<int64_t>(count - c, kL));
-      const float* at = from + r * stride + c;
-      const Bits16 bits = NarrowLanes<BFloat16>(lanes == kL ? Load(at) : LoadFirst(at, lanes));
-      least = LeastOf(least, bits);
-      *reinterpret_cast<UnalignedBits16*>(out + c) = bits;
-    }
-  }
-  return LeastLane(least);
+// A vector of floats becomes bfloat16. Floats behind the first `count` are zero, and are stored.
+SEPCONV_INLINE void StoreNarrowed(BFloat16* to, Vec<float> value, Bits32& least) {
+  *reinterpret_cast<UnalignedBits16*>(to) = NarrowNormal(value);
+  least = LesserOf(least, value);
 }
-#endif
+
+inline void NarrowRows(const float* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to,
+                       int64_t to_stride, LeastLanes* watched) {
+  constexpr int kL = kLanes<float>;
+  Bits32 least = LoadLeast(*watched);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t c = 0;
+    for (; c + kL <= count; c += kL) StoreNarrowed(to + c, Load(from + c), least);
+    if (c < count) StoreNarrowed(to + c, LoadFirst(from + c, static_cast<int>(count - c)), least);
+    from += stride;
+    to += to_stride;
+  }
+  StoreLeast(*watched, least);
+}
 
 template <typename S>
 constexpr RowCopies<S> MakeCopies() {

@@ -3,6 +3,7 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -14,12 +15,13 @@
 namespace sepconv {
 namespace {
 
-// Pixels of a tile: its depthwise output and one weight panel share the L2 budget. Whole rows if
-// one fits, by preference a multiple of those that the depthwise stage computes at once.
-template <typename S, typename T = ComputeType<S>>
+// Pixels of a tile: its depthwise output, in elements of type U, and one weight panel share the L2
+// budget. Whole rows if one fits, by preference a multiple of those that the depthwise stage
+// computes at once.
+template <typename U, typename S>
 int64_t TilePixels(const Problem<S>& p) {
-  const int64_t element = sizeof(T), columns = p.kernels.columns, width = p.g.out_width;
-  const int64_t pixel_bytes = p.TileStride(p.depth) * element;
+  const int64_t element = sizeof(U), columns = p.kernels.columns, width = p.g.out_width;
+  const int64_t pixel_bytes = p.template TileStride<U>(p.depth) * element;
   const int64_t budget = kForwardTileBytes - p.depth * columns * element;
   const bool narrow = p.filters <= 2 * columns;
   int64_t pixels = (narrow ? std::min(budget, kForwardNarrowTileBytes) : budget) / pixel_bytes;
@@ -47,11 +49,13 @@ class ForwardLoop {
         panels_(p_.filters, p_.kernels),
         threads_(ThreadsFor(p_.macs())),
         pairs_(std::is_same_v<S, BFloat16> && may_pair && !gradient.dz ? p_.target.pairs : nullptr),
+        narrows_(pairs_ && p_.depthwise_activation() == Activation::kLinear),
         depth_(pairs_ ? CeilDiv(p_.depth, 2) : p_.depth),
         kept_(args.packed && &args.packed->target == &p_.target &&
                       args.packed->pairs == (pairs_ != nullptr)
                   ? args.packed
                   : nullptr) {
+    if (narrows_) p_.rows_in_place = p_.rows_lie_ready;
     // Packing reads and writes the weights once; with few pixels that costs more than reading them
     // in place. A last panel that ends inside a vector is packed all the same, because the
     // micro-kernel reads whole vectors.
@@ -61,8 +65,8 @@ class ForwardLoop {
                                                              : panels_.count() - 1;
 
     depth_stride_ = p_.TileStride(p_.depth);
-    pair_stride_ = p_.TileStride(depth_);
-    tile_pixels_ = TilePixels(p_);
+    narrow_stride_ = p_.template TileStride<BFloat16>(p_.depth);
+    tile_pixels_ = narrows_ ? TilePixels<BFloat16>(p_) : TilePixels<T>(p_);
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
     // Several threads share such a layer by its filters, each with a depthwise output of its own.
@@ -91,11 +95,13 @@ class ForwardLoop {
 
     activation_ = gradient_.dz ? Activation::kLinear : p_.activation();
     clamps_ = activation_ == Activation::kRelu || activation_ == Activation::kRelu6;
-    direct_y_ = std::is_same_v<S, T> && !g.channels_first() && !gradient_.dz;
+    const bool in_registers = clamps_ || activation_ == Activation::kLinear;
+    direct_y_ =
+        !g.channels_first() && !gradient_.dz && (std::is_same_v<S, T> || (pairs_ && in_registers));
     // Whole lines of memory, none of which is read again here.
-    const int64_t row_bytes = p_.filters * element;
-    streams_ = direct_y_ && (clamps_ || activation_ == Activation::kLinear) &&
-               p_.pixels * row_bytes > kStreamOutputBytes && row_bytes % kCacheLineBytes == 0 &&
+    const int64_t row_bytes = p_.filters * static_cast<int64_t>(sizeof(S));
+    streams_ = direct_y_ && in_registers && p_.pixels * row_bytes > kStreamOutputBytes &&
+               row_bytes % kCacheLineBytes == 0 &&
                reinterpret_cast<uintptr_t>(y_) % kCacheLineBytes == 0;
     staged_columns_ = g.in_width;
     strip_ = StripChannels();
@@ -136,17 +142,18 @@ class ForwardLoop {
       return memory + layout.shared.bytes() + worker * layout.own.bytes();
     };
     const auto least_of = [&](int64_t worker) {
-      return reinterpret_cast<Least*>(memory_of(worker) + layout.least_at);
+      return reinterpret_cast<LeastLanes*>(memory_of(worker) + layout.least_at);
     };
-    for (int64_t worker = 0; worker < threads_; ++worker) *least_of(worker) = Least();
-    if (kept_) least_of(0)->weight = kept_->least_weight;
+    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker)
+      *least_of(worker) = LeastLanes();
+    if (pairs_ && kept_) *least_of(0) = kept_->least;
     if (!kept_ && !packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t worker) {
         const int64_t k = task * kTransposeBlock;
         const int64_t k_end = std::min(p_.depth, k + kTransposeBlock);
         if (pairs_) {
           for (int64_t panel = 0; panel < panels_.count(); ++panel)
-            PackPairs(panel, k, k_end, packed_, *least_of(worker));
+            PackPairs(panel, k, k_end, packed_, least_of(worker));
         } else {
           PackPanels<S>(p_.copies, pointwise_, p_.depth, p_.filters, k, k_end, panels_,
                         first_packed_, packed_);
@@ -162,28 +169,27 @@ class ForwardLoop {
       const Scratch scratch = {reinterpret_cast<T*>(mine + layout.two_panels_at),
                                least_of(worker),
                                reinterpret_cast<T*>(mine + layout.tile_at),
-                               reinterpret_cast<T*>(mine + layout.pair_tile_at),
+                               reinterpret_cast<BFloat16*>(mine + layout.narrow_tile_at),
                                reinterpret_cast<T*>(mine + layout.panel_at),
                                reinterpret_cast<T*>(mine + layout.gradient_at),
                                reinterpret_cast<T*>(mine + layout.staged_at),
                                reinterpret_cast<int64_t*>(mine + layout.staged_row_at),
-                               reinterpret_cast<SourceRow<T>*>(mine + layout.rows_at),
-                               reinterpret_cast<Tap<T>*>(mine + layout.taps_at)};
+                               mine + layout.rows_at,
+                               mine + layout.taps_at};
       const int64_t tile = task / parts_, part = task % parts_;
       const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
-      DepthwiseTile(begin, end, scratch);
+      Depthwise(begin, end, scratch);
       // Where the threads go on side by side, the next tile but the others'.
       const Stretch fetch = NewRows((task + parts_) / parts_ * tile_pixels_);
-      PointwiseTile(begin, end, panels_.count() * part / parts_,
-                    panels_.count() * (part + 1) / parts_, fetch, scratch);
+      Pointwise(begin, end, panels_.count() * part / parts_, panels_.count() * (part + 1) / parts_,
+                fetch, scratch);
       if (streams_) StreamsArrive();
     });
-    Least least;
-    for (int64_t worker = 0; worker < threads_; ++worker) {
-      least.value = std::min(least.value, least_of(worker)->value);
-      least.weight = std::min(least.weight, least_of(worker)->weight);
-    }
-    return !pairs_ || !MayFlush(least.value, least.weight);
+    if (!pairs_) return true;
+    LeastOperands least;
+    least.bias = LeastBias();
+    for (int64_t worker = 0; worker < threads_; ++worker) least.Add(*least_of(worker));
+    return !least.MayFlush();
   }
 
  private:
@@ -213,10 +219,14 @@ class ForwardLoop {
             std::max<int64_t>(0, last - first) * row_bytes};
   }
 
-  // Of the operands that one worker has seen; see PairKernels.
-  struct Least {
-    uint16_t value = 0xffff, weight = 0xffff;
-  };
+  int LeastBias() const {
+    int least = LeastOperands::kNone;
+    for (int64_t f = 0; p_.bias && f < p_.filters; ++f) {
+      const uint32_t magnitude = std::bit_cast<uint32_t>(static_cast<float>(p_.bias[f])) << 1;
+      if (magnitude != 0) least = std::min(least, static_cast<int>(magnitude >> 24));
+    }
+    return least;
+  }
 
   // Where things are in the scratch memory: of all threads, and of each.
   struct Layout {
@@ -227,9 +237,9 @@ class ForwardLoop {
       const int64_t packed = panels.packed_columns() - panels.begin(loop.first_packed_);
       packed_at = shared.Add(loop.packs_two_ || loop.kept_ ? 0 : packed * loop.depth_, sizeof(T));
       two_panels_at = own.Add(loop.packs_two_ ? 2 * loop.depth_ * columns : 0, sizeof(T));
-      least_at = own.Add(1, sizeof(Least));
-      tile_at = own.Add(tile * loop.depth_stride_, sizeof(T));
-      pair_tile_at = own.Add(loop.pairs_ ? tile * loop.pair_stride_ : 0, sizeof(T));
+      least_at = own.Add(loop.pairs_ ? 1 : 0, sizeof(LeastLanes));
+      tile_at = own.Add(loop.narrows_ ? 0 : tile * loop.depth_stride_, sizeof(T));
+      narrow_tile_at = own.Add(loop.pairs_ ? tile * loop.narrow_stride_ : 0, sizeof(BFloat16));
       panel_at = own.Add(loop.direct_y_ ? 0 : tile * columns, sizeof(T));
       gradient_at = own.Add(loop.gradient_.dz ? tile * columns : 0, sizeof(T));
       staged_at =
@@ -239,21 +249,21 @@ class ForwardLoop {
       taps_at = own.Add(p.g.kernel_height * p.g.kernel_width, sizeof(Tap<T>));
     }
     Layout64 shared, own;
-    int64_t packed_at, two_panels_at, least_at, tile_at, pair_tile_at, panel_at, gradient_at,
+    int64_t packed_at, two_panels_at, least_at, tile_at, narrow_tile_at, panel_at, gradient_at,
         staged_at, staged_row_at, rows_at, taps_at;
   };
 
   struct Scratch {
     T* two_panels;  // [depth][panel column] each: the one in use, and the next
-    Least* least;
-    T* tile;       // [pixel][depth]: the depthwise output
-    T* pair_tile;  // the same in pairs of bfloat16
-    T* panel;      // [pixel][panel column]: output before it is narrowed or transposed
-    T* gradient;   // [pixel][panel column]
+    LeastLanes* least;
+    T* tile;                // [pixel][depth]: the depthwise output
+    BFloat16* narrow_tile;  // the same where the pointwise stage reads pairs
+    T* panel;               // [pixel][panel column]: output before it is narrowed or transposed
+    T* gradient;            // [pixel][panel column]
     T* staged;
     int64_t* staged_row;
-    SourceRow<T>* rows;
-    Tap<T>* taps;
+    char* rows;  // SourceRow[kernel height]
+    char* taps;  // Tap[kernel taps]
   };
 
   int64_t StripChannels() const {
@@ -265,7 +275,32 @@ class ForwardLoop {
     return std::clamp(fit, std::min(2 * p_.kernels.lanes, p_.depth), p_.depth);
   }
 
-  void DepthwiseTile(int64_t begin, int64_t end, const Scratch& scratch) {
+  void Depthwise(int64_t begin, int64_t end, const Scratch& scratch) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (narrows_ && p_.rows_in_place)
+        return DepthwiseTile(begin, end, scratch, pairs_->depthwise, scratch.narrow_tile,
+                             narrow_stride_);
+      if (narrows_)
+        return DepthwiseTile(begin, end, scratch, pairs_->depthwise_staged, scratch.narrow_tile,
+                             narrow_stride_);
+    }
+    DepthwiseTile(begin, end, scratch, p_.kernels.depthwise, scratch.tile, depth_stride_);
+    if (p_.depthwise_activation() != Activation::kLinear) {
+      p_.kernels.activate(p_.depthwise_activation(), scratch.tile, end - begin, p_.depth,
+                          depth_stride_);
+    }
+    if (pairs_) {
+      pairs_->narrow(reinterpret_cast<const float*>(scratch.tile), depth_stride_, end - begin,
+                     p_.depth, scratch.narrow_tile, narrow_stride_, scratch.least);
+    } else {
+      RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
+    }
+  }
+
+  // Pixels [begin, end) of the depthwise output, before its activation, to tile[pixel][stride].
+  template <typename X, typename U>
+  void DepthwiseTile(int64_t begin, int64_t end, const Scratch& scratch,
+                     const DepthwiseKernels<X, U>& kernels, U* tile, int64_t stride) {
     const Geometry& g = p_.g;
     InputRows<S> input(p_, scratch.staged, scratch.staged_row);
     // A tile inside one row stages only the columns that it reads.
@@ -282,44 +317,37 @@ class ForwardLoop {
       const int64_t q_end = std::min(p_.depth, q + strip_);
       input.SetStrip(q, q_end, column_begin, column_end);
       if (!keeps_rows_) input.Forget();
+      const DepthwiseStage<S, X, U> stage{p_,
+                                          kernels,
+                                          input,
+                                          reinterpret_cast<SourceRow<X>*>(scratch.rows),
+                                          reinterpret_cast<Tap<X>*>(scratch.taps),
+                                          q,
+                                          q_end,
+                                          stride,
+                                          scratch.least};
       for (int64_t pixel = begin; pixel < end;) {
         const int64_t row = pixel / g.out_width, column = pixel % g.out_width;
         const int64_t image = row / g.out_height, out_row = row % g.out_height;
-        T* out = scratch.tile + (pixel - begin) * depth_stride_ + q;
+        U* out = tile + (pixel - begin) * stride + q;
         if (const int64_t rows = (end - pixel) / g.out_width; column == 0 && rows > 0) {
           const int64_t row_end = std::min(out_row + rows, g.out_height);
-          DepthwiseRows(p_, input, image, out_row, row_end, q, q_end, scratch.rows, scratch.taps,
-                        out, depth_stride_);
+          DepthwiseRows(stage, image, out_row, row_end, out);
           pixel += (row_end - out_row) * g.out_width;
         } else {
           const int64_t count = std::min(end - pixel, g.out_width - column);
-          DepthwiseRow(p_, input, image, out_row, column, column + count, q, q_end, scratch.rows,
-                       scratch.taps, out, depth_stride_);
+          DepthwiseRow(stage, image, out_row, column, column + count, out);
           pixel += count;
         }
       }
     }
-    if (p_.depthwise_activation() != Activation::kLinear) {
-      p_.kernels.activate(p_.depthwise_activation(), scratch.tile, end - begin, p_.depth,
-                          depth_stride_);
-    }
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      if (pairs_) {
-        const uint16_t least = pairs_->narrow(scratch.tile, depth_stride_, end - begin, p_.depth,
-                                              scratch.pair_tile, pair_stride_);
-        scratch.least->value = std::min(scratch.least->value, least);
-        return;
-      }
-    }
-    RoundToStorage<S>(p_, scratch.tile, end - begin, p_.depth, depth_stride_);
   }
 
   // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
-  void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to, Least& least) const {
+  void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to, LeastLanes* least) const {
     if constexpr (std::is_same_v<S, BFloat16>) {
-      least.weight =
-          std::min(least.weight, PackPairsOfPanel(*pairs_, pointwise_, p_.depth, p_.filters,
-                                                  k_begin, k_end, panels_, panel, to));
+      PackPairsOfPanel(*pairs_, pointwise_, p_.depth, p_.filters, k_begin, k_end, panels_, panel,
+                       reinterpret_cast<BFloat16Pair*>(to), least);
     }
   }
 
@@ -328,64 +356,86 @@ class ForwardLoop {
                       : packed_ + (panels_.begin(panel) - panels_.begin(first_packed_)) * depth_;
   }
 
+  void Pointwise(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Stretch fetch,
+                 const Scratch& scratch) {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (pairs_ && direct_y_)
+        return PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch,
+                             pairs_->gemm_stored);
+      if (pairs_)
+        return PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, pairs_->gemm);
+    }
+    PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, p_.kernels.gemm);
+  }
+
+  // The factors are numbers or pairs of them, and C is stored as T, or as y where direct_y_.
+  template <typename E, typename C>
   void PointwiseTile(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
-                     Stretch fetch, const Scratch& scratch) {
+                     Stretch fetch, const Scratch& scratch, void (*run)(const GemmArgs<E, C>&)) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    constexpr bool kPairs = std::is_same_v<E, BFloat16Pair>;
     // relu and relu6 are clamps, which the micro-kernel applies to its registers.
     const T low = clamps_ ? 0 : -kInfinity,
             high = activation_ == Activation::kRelu6 ? 6 : kInfinity;
     const int64_t pixels = end - begin;
-    const T* a = pairs_ ? scratch.pair_tile : scratch.tile;
-    const int64_t a_stride = pairs_ ? pair_stride_ : depth_stride_;
+    const E* a = reinterpret_cast<const E*>(scratch.tile);
+    int64_t a_stride = depth_stride_;
+    if constexpr (kPairs) {
+      a = reinterpret_cast<const E*>(scratch.narrow_tile);
+      a_stride = narrow_stride_ / 2;
+    }
     const bool packs_now = packs_in_time_ && begin == 0;
     bool packed_before = false;
     // Each panel fetches its share.
     const int64_t share = RoundUp(CeilDiv(fetch.bytes, panel_end - panel_begin), kCacheLineBytes);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t column = panels_.begin(panel), count = panels_.columns(panel);
-      const T* b = nullptr;
+      const E* b = nullptr;
       int64_t b_stride = panels_.width(panel);
       const S* ahead = nullptr;
-      T* ahead_to = nullptr;
-      if (panel >= first_packed_) b = PackedPanel(panel, scratch);
+      E* ahead_to = nullptr;
+      if (panel >= first_packed_) b = reinterpret_cast<E*>(PackedPanel(panel, scratch));
       if (packs_now) {
-        if (pairs_) {
+        if (packed_before) {
+          // The panel before did it.
+        } else if (kPairs) {
           PackPairs(panel, 0, p_.depth, PackedPanel(panel, scratch) - column * depth_,
-                    *scratch.least);
-        } else if (!packed_before) {
+                    scratch.least);
+        } else {
           p_.copies.load(pointwise_ + column, p_.filters, p_.depth, count, b_stride,
                          PackedPanel(panel, scratch), b_stride);
         }
         if (panel + 1 < panel_end) {
           ahead = pointwise_ + panels_.begin(panel + 1);
           // A panel as wide as this one is copied by the micro-kernel.
-          packed_before = std::is_same_v<S, T> && panels_.columns(panel + 1) == b_stride;
-          if (packed_before) ahead_to = PackedPanel(panel + 1, scratch);
+          packed_before = panels_.columns(panel + 1) == b_stride &&
+                          (kPairs ? p_.depth % 2 == 0 : std::is_same_v<S, T>);
+          if (packed_before) ahead_to = reinterpret_cast<E*>(PackedPanel(panel + 1, scratch));
         }
       }
-      T* out = scratch.panel;
+      C* out = reinterpret_cast<C*>(scratch.panel);
       int64_t out_stride = columns_;
-      if constexpr (std::is_same_v<S, T>) {
+      if constexpr (std::is_same_v<S, E>) {
         if (panel < first_packed_) {
           b = pointwise_ + column;
           b_stride = p_.filters;
         }
+      }
+      if constexpr (std::is_same_v<S, C>) {
         if (direct_y_) {
           out = y_ + begin * p_.filters + column;
           out_stride = p_.filters;
         }
       }
       const T* bias = p_.bias ? p_.bias + column : nullptr;
-      GemmArgs<T> gemm{pixels,   depth_, count,      a,    a_stride, 1,    b,
-                       b_stride, out,    out_stride, bias, low,      high, false};
+      GemmArgs<E, C> gemm{pixels,   depth_, count,      a,    a_stride, 1,    b,
+                          b_stride, out,    out_stride, bias, low,      high, false};
       if (ahead) {
-        // A row of pairs reaches from the beginning of one row to the end of the next.
-        const int64_t stride = p_.filters * static_cast<int64_t>(sizeof(S));
         gemm.ahead = reinterpret_cast<const char*>(ahead);
-        gemm.ahead_stride = pairs_ ? 2 * stride : stride;
-        gemm.ahead_row_bytes =
-            panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S)) + (pairs_ ? stride : 0);
+        gemm.ahead_stride = (kPairs ? 2 : 1) * p_.filters * static_cast<int64_t>(sizeof(S));
+        gemm.ahead_row_bytes = panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S));
         gemm.ahead_to = ahead_to;
+        gemm.least = scratch.least;
       }
       if (panel + 1 < panel_end && panel >= first_packed_ && !packs_now &&
           depth_ * p_.filters * static_cast<int64_t>(sizeof(T)) > kFetchWeightBytes) {
@@ -396,29 +446,32 @@ class ForwardLoop {
       gemm.streams = streams_;
       gemm.fetch = fetch.data;
       gemm.fetch_bytes = std::min(share, fetch.bytes);
-      if constexpr (std::is_same_v<S, BFloat16>) {
-        (pairs_ ? pairs_->gemm : p_.kernels.gemm)(gemm);
-      } else {
-        p_.kernels.gemm(gemm);
-      }
+      run(gemm);
       fetch.data += gemm.fetch_bytes;
       fetch.bytes -= gemm.fetch_bytes;
-      if (activation_ != Activation::kLinear && !clamps_) {
-        p_.kernels.activate(activation_, out, pixels, count, out_stride);
-      }
-      if (gradient_.dz) {
-        LoadPixels(p_, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
-                   scratch.gradient, columns_);
-        for (int64_t p = 0; p < pixels; ++p) {
-          p_.kernels.slope_from_input(
-              p_.activation(), scratch.gradient + p * columns_, out + p * columns_,
-              gradient_.dz + (begin + p) * gradient_.stride + column, count);
-        }
-      } else if (!direct_y_) {
-        StorePixels(p_, out, out_stride, y_, p_.filters, p_.image_pixels, begin, end, column,
-                    count);
+      if constexpr (std::is_same_v<C, T>) {
+        FinishPanel(begin, end, column, count, out, out_stride, scratch);
       }
     }
+  }
+
+  // What the micro-kernel does not do: other activations, and stores in other types and layouts.
+  void FinishPanel(int64_t begin, int64_t end, int64_t column, int64_t count, T* out,
+                   int64_t out_stride, const Scratch& scratch) {
+    if (gradient_.dz) {
+      LoadPixels(p_, gradient_.dy, p_.filters, p_.image_pixels, begin, end, column, count,
+                 scratch.gradient, columns_);
+      for (int64_t p = 0; p < end - begin; ++p) {
+        p_.kernels.slope_from_input(p_.activation(), scratch.gradient + p * columns_,
+                                    out + p * columns_,
+                                    gradient_.dz + (begin + p) * gradient_.stride + column, count);
+      }
+      return;
+    }
+    if (activation_ != Activation::kLinear && !clamps_)
+      p_.kernels.activate(activation_, out, end - begin, count, out_stride);
+    if (!direct_y_)
+      StorePixels(p_, out, out_stride, y_, p_.filters, p_.image_pixels, begin, end, column, count);
   }
 
   Problem<S> p_;
@@ -430,9 +483,10 @@ class ForwardLoop {
   Panels panels_;
   int64_t threads_;
   const PairKernels* pairs_;     // null: the pointwise stage runs on elements of the compute type
+  bool narrows_;                 // the depthwise stage itself writes what the pairs are made of
   int64_t depth_;                // of the pointwise stage, in elements or pairs
   const PackedPointwise* kept_;  // null: each call packs
-  int64_t pair_stride_ = 0, first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1,
+  int64_t narrow_stride_ = 0, first_packed_ = 0, tile_pixels_ = 0, tiles_ = 0, parts_ = 1,
           depth_stride_ = 0, staged_columns_ = 0, strip_ = 0;
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
   // packs_in_time_: the first tile packs each panel just before it uses it; packs_two_: there is no

@@ -5,6 +5,9 @@
 #include "copies-inl.h"
 #include "math-inl.h"
 
+template <typename E>
+inline constexpr bool kIsPair = std::is_same_v<E, BFloat16Pair>;
+
 // Every third row of A has its own pointer: one addressing mode reaches base, base + s and base + 2
 // s, so that the rows need few address registers and no index arithmetic.
 template <int kRows, bool kUnitRows>
@@ -19,21 +22,20 @@ SEPCONV_INLINE void Advance(const T*& pointer, int64_t count) {
 }
 
 // One step of the depth: kRows broadcasts times kVectors loads, all products into the accumulators.
-// kPairs: the elements of A and B are not floats, but pairs of bfloat16 neighbours in depth.
-template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
+template <typename E, int kRows, int kVectors, bool kUnitRows, typename T = ComputeType<E>>
 SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
-                              const T* const (&base)[kBases<kRows, kUnitRows>], int64_t row_stride,
-                              int64_t depth_offset, const T* b) {
+                              const E* const (&base)[kBases<kRows, kUnitRows>], int64_t row_stride,
+                              int64_t depth_offset, const E* b) {
   Vec<T> column[kVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) column[v] = Load(b + v * kLanes<T>);
+  for (int v = 0; v < kVectors; ++v) column[v] = Load(b + v * kLanes<E>);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    const T* row = kUnitRows ? base[0] + r : base[kUnitRows ? 0 : r / 3] + (r % 3) * row_stride;
+    const E* row = kUnitRows ? base[0] + r : base[kUnitRows ? 0 : r / 3] + (r % 3) * row_stride;
     const Vec<T> x = Set(row[depth_offset]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kPairs) {
+      if constexpr (kIsPair<E>) {
         AddDotOfPairs(sum[r][v], x, column[v]);
       } else {
         MultiplyAdd(sum[r][v], x, column[v]);
@@ -46,36 +48,59 @@ SEPCONV_INLINE void MicroStep(Vec<T> (&sum)[kRows][kVectors],
 // what comes next.
 enum class Beside { kNothing, kFetch, kFetchRows, kCopy };
 
-template <typename T, int kVectors>
-SEPCONV_INLINE void CopyRow(const char* from, T* to) {
+template <typename E, int kVectors, typename C>
+SEPCONV_INLINE void CopyRow(const GemmArgs<E, C>& g, const char* from, E* to) {
+  if constexpr (!kIsPair<E>) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v)
-    Store(to + v * kLanes<T>, Load(reinterpret_cast<const T*>(from) + v * kLanes<T>));
+    for (int v = 0; v < kVectors; ++v)
+      Store(to + v * kLanes<E>, Load(reinterpret_cast<const E*>(from) + v * kLanes<E>));
+  } else {
+    const char* below = from + g.ahead_stride / 2;
+    int v = 0;
+    for (; v + 2 <= kVectors; v += 2)
+      StorePairs(to + v * kLanes<E>, LoadBits<FullBits16>(from, v / 2),
+                 LoadBits<FullBits16>(below, v / 2), g.least);
+    if (v < kVectors)
+      StorePairs(to + v * kLanes<E>, LoadBits<Bits16>(from, v), LoadBits<Bits16>(below, v),
+                 g.least);
+  }
+}
+
+// Fetches a row, which is two cache lines at most. Of pairs, a line each: where rows do not begin
+// with a line, the panel before has brought the first.
+template <typename E, typename C>
+SEPCONV_INLINE void FetchRow(const GemmArgs<E, C>& g, const char* row, bool is_copied) {
+  if (!kIsPair<E> || !is_copied) {
+    __builtin_prefetch(row, 0, 2);
+  } else {
+    __builtin_prefetch(row + g.ahead_stride / 2 + g.ahead_row_bytes - 1, 0, 2);
+  }
+  __builtin_prefetch(row + g.ahead_row_bytes - 1, 0, 2);
 }
 
 // The sums of a register tile over the whole depth. A loop for each thing done beside, because
 // there are no issue slots to spare.
-template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs, Beside kBeside>
-SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahead, T* ahead_to,
+template <int kRows, int kVectors, bool kUnitRows, Beside kBeside, typename E, typename C,
+          typename T = ComputeType<E>>
+SEPCONV_INLINE void MicroLoop(const GemmArgs<E, C>& g, const E* a, const char* ahead, E* ahead_to,
                               Vec<T> (&sum)[kRows][kVectors]) {
   const int64_t row_stride = kUnitRows ? 1 : g.a_row_stride;
   const int64_t depth_stride = kUnitRows ? g.a_depth_stride : 1;
   const int64_t b_stride = g.b_stride;
-  const T* b = g.b;
-  const T* base[kBases<kRows, kUnitRows>];
+  const E* b = g.b;
+  const E* base[kBases<kRows, kUnitRows>];
 #pragma GCC unroll 16
   for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] = a + 3 * i * row_stride;
 
   int64_t k = 0;
   for (; k + 4 <= g.depth; k += 4) {
     if constexpr (kBeside == Beside::kFetch) {
-      __builtin_prefetch(ahead, 0, 2);
-      __builtin_prefetch(ahead + g.ahead_row_bytes - 1, 0, 2);
+      FetchRow(g, ahead, false);
       ahead += g.ahead_stride;
     }
     if constexpr (kBeside == Beside::kFetchRows) {
       // As much as the tile itself reads of A in four steps.
-      constexpr int kBytes = kRows * 4 * static_cast<int>(sizeof(T));
+      constexpr int kBytes = kRows * 4 * static_cast<int>(sizeof(E));
 #pragma GCC unroll 16
       for (int byte = 0; byte < kBytes; byte += static_cast<int>(kCacheLineBytes))
         __builtin_prefetch(ahead + byte, 0, 3);
@@ -85,16 +110,15 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
       // Far enough ahead for memory, and near enough that rows a power of two apart, which share a
       // few sets of L2, are still there.
       const char* far = ahead + kCopyFetchRows * g.ahead_stride;
-      __builtin_prefetch(far, 0, 2);
-      __builtin_prefetch(far + g.ahead_row_bytes - 1, 0, 2);
-      CopyRow<T, kVectors>(ahead, ahead_to);
+      FetchRow(g, far, true);
+      CopyRow<E, kVectors>(g, ahead, ahead_to);
       ahead += g.ahead_stride;
       ahead_to += b_stride;
     }
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      MicroStep<T, kRows, kVectors, kUnitRows, kPairs>(sum, base, row_stride,
-                                                       kUnitRows ? 0 : step * depth_stride, b);
+      MicroStep<E, kRows, kVectors, kUnitRows>(sum, base, row_stride,
+                                               kUnitRows ? 0 : step * depth_stride, b);
       b += b_stride;
       if constexpr (kUnitRows) Advance(base[0], depth_stride);
     }
@@ -104,49 +128,84 @@ SEPCONV_INLINE void MicroLoop(const GemmArgs<T>& g, const T* a, const char* ahea
     }
   }
   for (; k < g.depth; ++k) {
-    MicroStep<T, kRows, kVectors, kUnitRows, kPairs>(sum, base, row_stride, 0, b);
+    MicroStep<E, kRows, kVectors, kUnitRows>(sum, base, row_stride, 0, b);
     b += b_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kBases<kRows, kUnitRows>; ++i) base[i] += depth_stride;
   }
 }
 
-// The sums of a register tile, with bias and clamp, to C.
-template <typename T, int kRows, int kVectors, bool kStreams>
-SEPCONV_INLINE void FinishRows(const GemmArgs<T>& g, const Vec<T> (&sum)[kRows][kVectors], T* c) {
-  constexpr int kL = kLanes<T>;
-  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
-  Vec<T> bias[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    bias[v] = !g.bias                          ? Vec<T>{}
-              : v + 1 < kVectors || last == kL ? Load(g.bias + v * kL)
-                                               : LoadFirst(g.bias + v * kL, last);
-  }
-  const Vec<T> low = Set(g.low), high = Set(g.high);
-  const bool clamps = g.low > -std::numeric_limits<T>::infinity();
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    T* to = c + r * g.c_stride;
+// All lanes of the last vector exist, or the first `last`. Sums that become bfloat16 are no
+// subnormals.
+template <bool kWhole, bool kStreams, typename C, int kVectors>
+SEPCONV_INLINE void StoreRow(C* to, int last, const Vec<ComputeType<C>> (&value)[kVectors]) {
+  constexpr int kL = kLanes<ComputeType<C>>;
+  if constexpr (std::is_same_v<C, BFloat16>) {
+    int v = 0;
+    for (; v + 2 <= kVectors; v += 2) {
+      const FullBits16 bits = NarrowNormal(value[v], value[v + 1]);
+      if (kStreams) {
+        Stream(to + v * kL, bits);
+      } else if (kWhole || v + 2 < kVectors) {
+        *reinterpret_cast<UnalignedFullBits16*>(to + v * kL) = bits;
+      } else {
+        StoreBitsFirst(to + v * kL, kL + last, bits);
+      }
+    }
+    if (v < kVectors) {
+      const Bits16 bits = NarrowNormal(value[v]);
+      if (kWhole) {
+        *reinterpret_cast<UnalignedBits16*>(to + v * kL) = bits;
+      } else {
+        StoreBitsFirst(to + v * kL, last, bits);
+      }
+    }
+  } else {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      Vec<T> value = sum[r][v] + bias[v];
-      if (clamps) value = AtMost(AtLeast(value, low), high);
-      if constexpr (kStreams) {
-        Stream(to + v * kL, value);
-      } else if (v + 1 < kVectors || last == kL) {
-        Store(to + v * kL, value);
+      if (kStreams) {
+        Stream(to + v * kL, value[v]);
+      } else if (kWhole || v + 1 < kVectors) {
+        Store(to + v * kL, value[v]);
       } else {
-        StoreFirst(to + v * kL, last, value);
+        StoreFirst(to + v * kL, last, value[v]);
       }
     }
   }
 }
 
+// The sums of a register tile, with bias and clamp, to C.
+template <bool kWhole, bool kStreams, typename E, typename C, int kRows, int kVectors>
+SEPCONV_INLINE void FinishRows(const GemmArgs<E, C>& g, C* c, int last,
+                               const Vec<ComputeType<E>> (&sum)[kRows][kVectors]) {
+  using T = ComputeType<E>;
+  constexpr int kL = kLanes<T>;
+  Vec<T> bias[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    bias[v] = !g.bias                      ? Vec<T>{}
+              : kWhole || v + 1 < kVectors ? Load(g.bias + v * kL)
+                                           : LoadFirst(g.bias + v * kL, last);
+  }
+  const Vec<T> low = Set(g.low), high = Set(g.high);
+  const bool clamps = g.low > -std::numeric_limits<T>::infinity();
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    Vec<T> value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      value[v] = sum[r][v] + bias[v];
+      if (clamps) value[v] = AtMost(AtLeast(value[v], low), high);
+    }
+    StoreRow<kWhole, kStreams, C, kVectors>(c + r * g.c_stride, last, value);
+  }
+}
+
 // One register tile. kRows x kVectors accumulators run over the depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
-template <typename T, int kRows, int kVectors, bool kUnitRows, bool kPairs>
-void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* ahead_to) {
+template <typename E, typename C, int kRows, int kVectors, bool kUnitRows>
+void MicroKernel(const GemmArgs<E, C>& g, const E* a, C* c, const char* ahead, E* ahead_to) {
+  using T = ComputeType<E>;
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -160,60 +219,66 @@ void MicroKernel(const GemmArgs<T>& g, const T* a, T* c, const char* ahead, T* a
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * g.c_stride, 1);
   }
   if (ahead_to) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kCopy>(g, a, ahead, ahead_to, sum);
+    MicroLoop<kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
   } else if (!kUnitRows && ahead && g.fetch_rows) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kFetchRows>(g, a, ahead, nullptr, sum);
+    MicroLoop<kRows, kVectors, kUnitRows, Beside::kFetchRows>(g, a, ahead, {}, sum);
   } else if (!kUnitRows && ahead) {
-    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kFetch>(g, a, ahead, nullptr, sum);
+    MicroLoop<kRows, kVectors, kUnitRows, Beside::kFetch>(g, a, ahead, {}, sum);
   } else {
-    MicroLoop<T, kRows, kVectors, kUnitRows, kPairs, Beside::kNothing>(g, a, nullptr, nullptr, sum);
+    MicroLoop<kRows, kVectors, kUnitRows, Beside::kNothing>(g, a, {}, {}, sum);
   }
 
   const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
-  if (g.accumulate) {
+  if constexpr (std::is_same_v<C, T>) {
+    if (g.accumulate) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      T* to = c + r * g.c_stride;
+      for (int r = 0; r < kRows; ++r) {
+        T* to = c + r * g.c_stride;
 #pragma GCC unroll 4
-      for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
-      to += (kVectors - 1) * kL;
-      if (last == kL) {
-        Store(to, Load(to) + sum[r][kVectors - 1]);
-      } else {
-        StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
+        for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
+        to += (kVectors - 1) * kL;
+        if (last == kL) {
+          Store(to, Load(to) + sum[r][kVectors - 1]);
+        } else {
+          StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
+        }
       }
+      return;
     }
-    return;
   }
-  if (g.before) {
+  if constexpr (!kIsPair<E>) {
+    if (g.before) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += Load(g.before + (r * kVectors + v) * kL);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += Load(g.before + (r * kVectors + v) * kL);
+      }
     }
   }
   if (g.streams) {
-    FinishRows<T, kRows, kVectors, true>(g, sum, c);
+    FinishRows<true, true>(g, c, last, sum);
+  } else if (last == kL) {
+    FinishRows<true, false>(g, c, last, sum);
   } else {
-    FinishRows<T, kRows, kVectors, false>(g, sum, c);
+    FinishRows<false, false>(g, c, last, sum);
   }
 }
 
-template <typename T>
-using MicroKernelPointer = void (*)(const GemmArgs<T>&, const T*, T*, const char*, T*);
+template <typename E, typename C>
+using MicroKernelPointer = void (*)(const GemmArgs<E, C>&, const E*, C*, const char*, E*);
 
 // Micro-kernels for 1, 2, ... rows.
-template <typename T, int kVectors, bool kUnitRows, bool kPairs, size_t... R>
-SEPCONV_INLINE MicroKernelPointer<T> MicroKernelFor(int64_t rows, std::index_sequence<R...>) {
-  static constexpr MicroKernelPointer<T> kTable[] = {
-      MicroKernel<T, R + 1, kVectors, kUnitRows, kPairs>...};
+template <typename E, typename C, int kVectors, bool kUnitRows, size_t... R>
+SEPCONV_INLINE MicroKernelPointer<E, C> MicroKernelFor(int64_t rows, std::index_sequence<R...>) {
+  static constexpr MicroKernelPointer<E, C> kTable[] = {
+      MicroKernel<E, C, R + 1, kVectors, kUnitRows>...};
   return kTable[rows - 1];
 }
 
 // A register tile whose depth is cut into blocks. The blocks before the last one are summed up in
 // memory, in rows of whole vectors.
 template <typename T, int kRows, int kVectors>
-void MicroKernelInBlocks(MicroKernelPointer<T> kernel, const GemmArgs<T>& g, int64_t block,
+void MicroKernelInBlocks(MicroKernelPointer<T, T> kernel, const GemmArgs<T>& g, int64_t block,
                          const T* a, T* c, int64_t rows, const char* ahead, T* ahead_to) {
   constexpr int64_t kColumns = kVectors * kLanes<T>;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -249,20 +314,20 @@ SEPCONV_INLINE int64_t SumBlock(int64_t depth) {
   return ((depth + blocks - 1) / blocks + 3) / 4 * 4;
 }
 
-template <typename T, int kVectors, bool kUnitRows, bool kPairs>
-void GemmPanel(const GemmArgs<T>& g) {
+template <typename E, typename C, int kVectors, bool kUnitRows>
+void GemmPanel(const GemmArgs<E, C>& g) {
   // Rows are shared out evenly: 49 rows in tiles of at most 14 are 13 + 12 + 12 + 12, not 14 + 14 +
   // 14 + 7.
   constexpr int kRows = kTuning.micro_rows[kVectors - 1];
   // The weight gradient has short depths, of a chunk of pixels. Products of pairs lose more to
   // bfloat16.
-  constexpr bool kBlocks = !kUnitRows && !kPairs;
-  const int64_t block = kBlocks ? SumBlock(g.depth) : g.depth;
+  constexpr bool kBlocks = !kUnitRows && !kIsPair<E>;
+  [[maybe_unused]] const int64_t block = SumBlock(g.depth);
   const int64_t tiles = (g.rows + kRows - 1) / kRows;
   const int64_t small = g.rows / tiles, larger = g.rows % tiles;
   constexpr auto kRowCounts = std::make_index_sequence<kRows>();
-  const T* a = g.a;
-  T* c = g.c;
+  const E* a = g.a;
+  C* c = g.c;
   const int64_t fetch_lines = (g.fetch_bytes + kCacheLineBytes - 1) / kCacheLineBytes;
   int64_t fetched = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -270,30 +335,33 @@ void GemmPanel(const GemmArgs<T>& g) {
     // The first four tiles fetch or copy a quarter of the rows each.
     const bool busy = g.ahead && tile < 4;
     const char* ahead = busy ? g.ahead + tile * (g.depth / 4) * g.ahead_stride : nullptr;
-    T* ahead_to = busy && g.ahead_to ? g.ahead_to + tile * (g.depth / 4) * g.b_stride : nullptr;
+    E* ahead_to = busy && g.ahead_to ? g.ahead_to + tile * (g.depth / 4) * g.b_stride : nullptr;
     if (!kUnitRows && g.fetch_rows)
       ahead = reinterpret_cast<const char*>(a + kFetchTiles * rows * g.a_row_stride);
     const int64_t fetch_end = fetch_lines * (tile + 1) / tiles;
     for (; fetched < fetch_end; ++fetched)
       __builtin_prefetch(g.fetch + fetched * kCacheLineBytes, 0, 2);
-    const auto kernel = MicroKernelFor<T, kVectors, kUnitRows, kPairs>(rows, kRowCounts);
-    if (!kBlocks || block >= g.depth) {
-      kernel(g, a, c, ahead, ahead_to);
+    const auto kernel = MicroKernelFor<E, C, kVectors, kUnitRows>(rows, kRowCounts);
+    if constexpr (kBlocks) {
+      if (block < g.depth) {
+        MicroKernelInBlocks<E, kRows, kVectors>(kernel, g, block, a, c, rows, ahead, ahead_to);
+      } else {
+        kernel(g, a, c, ahead, ahead_to);
+      }
     } else {
-      MicroKernelInBlocks<T, kRows, kVectors>(kernel, g, block, a, c, rows, ahead, ahead_to);
+      kernel(g, a, c, ahead, ahead_to);
     }
     a += rows * g.a_row_stride;
     c += rows * g.c_stride;
   }
   for (int64_t k = std::min<int64_t>(tiles, 4) * (g.depth / 4); g.ahead_to && k < g.depth; ++k)
-    CopyRow<T, kVectors>(g.ahead + k * g.ahead_stride, g.ahead_to + k * g.b_stride);
+    CopyRow<E, kVectors>(g, g.ahead + k * g.ahead_stride, g.ahead_to + k * g.b_stride);
 }
 
-template <typename T, bool kUnitRows, bool kPairs, size_t... V>
-SEPCONV_INLINE void GemmByVectors(const GemmArgs<T>& g, std::index_sequence<V...>) {
-  static constexpr void (*kTable[])(const GemmArgs<T>&) = {
-      GemmPanel<T, V + 1, kUnitRows, kPairs>...};
-  kTable[(g.columns - 1) / kLanes<T>](g);
+template <bool kUnitRows, typename E, typename C, size_t... V>
+SEPCONV_INLINE void GemmByVectors(const GemmArgs<E, C>& g, std::index_sequence<V...>) {
+  static constexpr void (*kTable[])(const GemmArgs<E, C>&) = {GemmPanel<E, C, V + 1, kUnitRows>...};
+  kTable[(g.columns - 1) / kLanes<E>](g);
 }
 
 template <typename T>
@@ -301,24 +369,43 @@ void Gemm(const GemmArgs<T>& g) {
   if (g.rows == 0) return;
   constexpr auto kVectorCounts = std::make_index_sequence<kTuning.micro_vectors>();
   if (g.a_row_stride == 1) {
-    GemmByVectors<T, true, false>(g, kVectorCounts);
+    GemmByVectors<true>(g, kVectorCounts);
   } else {
-    GemmByVectors<T, false, false>(g, kVectorCounts);
+    GemmByVectors<false>(g, kVectorCounts);
   }
 }
-
-#if defined(SEPCONV_SIMD_AVX512)
-// For CPUs with AVX512_BF16 alone.
-inline void GemmOfPairs(const GemmArgs<float>& g) {
+template <typename C>
+void GemmOfPairs(const GemmArgs<BFloat16Pair, C>& g) {
   if (g.rows == 0) return;
-  GemmByVectors<float, false, true>(g, std::make_index_sequence<kTuning.micro_vectors>());
+  GemmByVectors<false>(g, std::make_index_sequence<kTuning.micro_vectors>());
 }
-#endif
+
+// What one call stores: sums as they are, or narrowed and watched.
+template <typename U>
+struct DepthwiseStore {
+  explicit SEPCONV_INLINE DepthwiseStore(LeastLanes*) {}
+  template <bool kWhole>
+  SEPCONV_INLINE void Store(U* to, int count, Vec<U> sum) {
+    StoreLanes<kWhole>(to, count, sum);
+  }
+  SEPCONV_INLINE void End(LeastLanes*) {}
+};
+template <>
+struct DepthwiseStore<BFloat16> {
+  explicit SEPCONV_INLINE DepthwiseStore(LeastLanes* lanes) : least(LoadLeast(*lanes)) {}
+  template <bool kWhole>
+  SEPCONV_INLINE void Store(BFloat16* to, int, Vec<float> sum) {
+    StoreNarrowed(to, sum, least);
+  }
+  SEPCONV_INLINE void End(LeastLanes* lanes) { StoreLeast(*lanes, least); }
+  Bits32 least;
+};
 
 // kPixels x kVectors accumulators; every tap loads its weights once for all pixels of the block.
-template <typename T, int kPixels, int kVectors, bool kWhole>
-SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int64_t channel,
+template <int kPixels, int kVectors, bool kWhole, typename X, typename U>
+SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<X, U>& d, int64_t pixel, int64_t channel,
                                    int count) {
+  using T = ComputeType<X>;
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kPixels][kVectors];
 #pragma GCC unroll 8
@@ -332,13 +419,13 @@ SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int
   const int64_t offset = pixel * stride + channel;
   if (kWhole && d.num_taps > 0) {
     // The columns that the next block reads first in the lowest row, which no block has read yet.
-    const T* next = d.taps[d.num_taps - 1].source + offset + kPixels * stride;
+    const X* next = d.taps[d.num_taps - 1].source + offset + kPixels * stride;
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) __builtin_prefetch(next + p * stride);
   }
   for (int64_t t = 0; t < d.num_taps; ++t) {
     const T* weight = d.taps[t].weight + channel;
-    const T* source = d.taps[t].source + offset;
+    const X* source = d.taps[t].source + offset;
     Vec<T> w[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) w[v] = LoadLanes<kWhole>(weight + v * kL, count);
@@ -350,20 +437,23 @@ SEPCONV_INLINE void DepthwiseBlock(const DepthwiseArgs<T>& d, int64_t pixel, int
       }
     }
   }
-  T* out = d.out + pixel * d.out_stride + channel;
+  U* out = d.out + pixel * d.out_stride + channel;
+  DepthwiseStore<U> store(d.least);
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      StoreLanes<kWhole>(out + p * d.out_stride + v * kL, count, sum[p][v]);
+      store.template Store<kWhole>(out + p * d.out_stride + v * kL, count, sum[p][v]);
   }
+  store.End(d.least);
 }
 
 // The same where each row of the window has kWindow neighbouring columns, one pixel apart: a column
 // is then loaded once for all pixels of the block that read it.
-template <typename T, int kPixels, int kVectors, int kWindow>
-SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<T>& d, int64_t pixel,
+template <int kPixels, int kVectors, int kWindow, typename X, typename U>
+SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<X, U>& d, int64_t pixel,
                                          int64_t channel) {
+  using T = ComputeType<X>;
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kVectors][kPixels];
 #pragma GCC unroll 4
@@ -374,11 +464,11 @@ SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<T>& d, int64_t pixe
   }
   const int64_t stride = d.source_stride;
   const int64_t offset = pixel * stride + channel;
-  const T* next = d.taps[d.num_taps - 1].source + offset + kPixels * stride;
+  const X* next = d.taps[d.num_taps - 1].source + offset + kPixels * stride;
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) __builtin_prefetch(next + p * stride);
   for (int64_t t = 0; t < d.num_taps; t += kWindow) {
-    const T* row = d.taps[t].source + offset;
+    const X* row = d.taps[t].source + offset;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Vec<T> weight[kWindow];
@@ -386,7 +476,7 @@ SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<T>& d, int64_t pixe
       for (int j = 0; j < kWindow; ++j) weight[j] = Load(d.taps[t + j].weight + channel + v * kL);
 #pragma GCC unroll 16
       for (int column = 0; column < kPixels + kWindow - 1; ++column) {
-        const Vec<T> x = Load(row + column * stride + v * kL);
+        const Vec<T> x = LoadStored(row + column * stride + v * kL);
 #pragma GCC unroll 8
         for (int j = 0; j < kWindow; ++j) {
           if (column - j >= 0 && column - j < kPixels)
@@ -395,17 +485,20 @@ SEPCONV_INLINE void DepthwiseWindowBlock(const DepthwiseArgs<T>& d, int64_t pixe
       }
     }
   }
-  T* out = d.out + pixel * d.out_stride + channel;
+  U* out = d.out + pixel * d.out_stride + channel;
+  DepthwiseStore<U> store(d.least);
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) Store(out + p * d.out_stride + v * kL, sum[v][p]);
+    for (int v = 0; v < kVectors; ++v)
+      store.template Store<true>(out + p * d.out_stride + v * kL, kL, sum[v][p]);
   }
+  store.End(d.least);
 }
 
 // Whether the taps are whole rows of `window` neighbouring columns.
-template <typename T>
-SEPCONV_INLINE bool IsWindow(const DepthwiseArgs<T>& d, int window) {
+template <typename X, typename U>
+SEPCONV_INLINE bool IsWindow(const DepthwiseArgs<X, U>& d, int window) {
   if (d.num_taps == 0 || d.num_taps % window != 0) return false;
   for (int64_t t = 0; t < d.num_taps; ++t) {
     if (t % window != 0 && d.taps[t].source != d.taps[t - 1].source + d.source_stride) return false;
@@ -413,39 +506,39 @@ SEPCONV_INLINE bool IsWindow(const DepthwiseArgs<T>& d, int window) {
   return true;
 }
 
-template <typename T, int kPixels, int kWindow = 0>
-SEPCONV_INLINE void DepthwisePixels(const DepthwiseArgs<T>& d, int64_t pixel) {
-  constexpr int kL = kLanes<T>, kV = kTuning.depthwise_vectors;
+template <int kPixels, int kWindow, typename X, typename U>
+SEPCONV_INLINE void DepthwisePixels(const DepthwiseArgs<X, U>& d, int64_t pixel) {
+  constexpr int kL = kLanes<ComputeType<X>>, kV = kTuning.depthwise_vectors;
   int64_t channel = 0;
   if constexpr (kWindow > 0) {
     for (; channel + kV * kL <= d.channels; channel += kV * kL)
-      DepthwiseWindowBlock<T, kPixels, kV, kWindow>(d, pixel, channel);
+      DepthwiseWindowBlock<kPixels, kV, kWindow>(d, pixel, channel);
   }
   for (; channel + kV * kL <= d.channels; channel += kV * kL) {
-    DepthwiseBlock<T, kPixels, kV, true>(d, pixel, channel, kL);
+    DepthwiseBlock<kPixels, kV, true>(d, pixel, channel, kL);
   }
   for (; channel + kL <= d.channels; channel += kL)
-    DepthwiseBlock<T, kPixels, 1, true>(d, pixel, channel, kL);
+    DepthwiseBlock<kPixels, 1, true>(d, pixel, channel, kL);
   if (channel < d.channels) {
-    DepthwiseBlock<T, kPixels, 1, false>(d, pixel, channel, static_cast<int>(d.channels - channel));
+    DepthwiseBlock<kPixels, 1, false>(d, pixel, channel, static_cast<int>(d.channels - channel));
   }
 }
 
 // Pixels outside, channels inside: every tap then reads its row of memory from front to back, as
 // prefetchers like it.
-template <typename T>
-void Depthwise(const DepthwiseArgs<T>& d) {
+template <typename X, typename U>
+void Depthwise(const DepthwiseArgs<X, U>& d) {
   constexpr int kP = kTuning.depthwise_pixels;
   int64_t pixel = 0;
   if (d.pixels >= kP) {
     if (IsWindow(d, 3)) {
-      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP, 3>(d, pixel);
+      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<kP, 3>(d, pixel);
     } else if (IsWindow(d, 5)) {
-      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP, 5>(d, pixel);
+      for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<kP, 5>(d, pixel);
     }
   }
-  for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<T, kP>(d, pixel);
-  for (; pixel < d.pixels; ++pixel) DepthwisePixels<T, 1>(d, pixel);
+  for (; pixel + kP <= d.pixels; pixel += kP) DepthwisePixels<kP, 0>(d, pixel);
+  for (; pixel < d.pixels; ++pixel) DepthwisePixels<1, 0>(d, pixel);
 }
 
 // A window that slides along kRows rows of pixels: every column of the source is loaded once, for
@@ -453,8 +546,9 @@ void Depthwise(const DepthwiseArgs<T>& d) {
 // its column j; when the window moves on, the sums move to the next j, which renames registers and
 // computes nothing. Every pixel is summed up in the same order, whatever rows and pixels share the
 // call.
-template <typename T, int kWindow, int kRows, bool kWhole>
-SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count) {
+template <int kWindow, int kRows, bool kWhole, typename X, typename U>
+SEPCONV_INLINE void SlideStrip(const SlideArgs<X, U>& d, int64_t channel, int count) {
+  using T = ComputeType<X>;
   constexpr int kSources = kRows + kWindow - 1;
   Vec<T> weight[kWindow][kWindow];
 #pragma GCC unroll 8
@@ -472,13 +566,19 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count
 #pragma GCC unroll 8
     for (int j = 0; j < kWindow; ++j) sum[r][j] = bias;
   }
-  const T* source[kSources];
+  const X* source[kSources];
 #pragma GCC unroll 16
   for (int i = 0; i < kSources; ++i) source[i] = d.sources[i];
-  int64_t from = d.first_column * d.source_stride + channel;
-  int64_t to = channel - (kWindow - 1) * d.out_stride;
-  for (int64_t step = 0; step < d.pixels + kWindow - 1; ++step) {
-    if (const int64_t column = d.first_column + step; 0 <= column && column < d.width) {
+  DepthwiseStore<U> store(d.least);
+  // Copies, because for all the compiler knows a store may change the arguments.
+  U* const out = d.out;
+  const int64_t source_stride = d.source_stride, out_stride = d.out_stride;
+  const int64_t out_row_stride = d.out_row_stride, width = d.width;
+  const int64_t first_column = d.first_column, steps = d.pixels + kWindow - 1;
+  int64_t from = first_column * source_stride + channel;
+  int64_t to = channel - (kWindow - 1) * out_stride;
+  for (int64_t step = 0; step < steps; ++step) {
+    if (const int64_t column = first_column + step; 0 <= column && column < width) {
       Vec<T> x[kSources];
 #pragma GCC unroll 16
       for (int i = 0; i < kSources; ++i) {
@@ -498,10 +598,10 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count
     if (step >= kWindow - 1) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-        StoreLanes<kWhole>(d.out + to + r * d.out_row_stride, count, sum[r][kWindow - 1]);
+        store.template Store<kWhole>(out + to + r * out_row_stride, count, sum[r][kWindow - 1]);
     }
-    from += d.source_stride;
-    to += d.out_stride;
+    from += source_stride;
+    to += out_stride;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -509,36 +609,43 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<T>& d, int64_t channel, int count
       sum[r][0] = bias;
     }
   }
+  store.End(d.least);
 }
 
-template <typename T, int kWindow, int kRows>
-void SlideChannels(const SlideArgs<T>& d) {
-  constexpr int kL = kLanes<T>;
+template <int kWindow, int kRows, typename X, typename U>
+void SlideChannels(const SlideArgs<X, U>& d) {
+  constexpr int kL = kLanes<ComputeType<X>>;
   int64_t channel = 0;
   for (; channel + kL <= d.channels; channel += kL)
-    SlideStrip<T, kWindow, kRows, true>(d, channel, kL);
+    SlideStrip<kWindow, kRows, true>(d, channel, kL);
   if (channel < d.channels)
-    SlideStrip<T, kWindow, kRows, false>(d, channel, static_cast<int>(d.channels - channel));
+    SlideStrip<kWindow, kRows, false>(d, channel, static_cast<int>(d.channels - channel));
 }
 
-template <typename T, int kWindow, size_t... R>
-SEPCONV_INLINE void SlideByRows(const SlideArgs<T>& d, std::index_sequence<R...>) {
-  static constexpr void (*kTable[])(const SlideArgs<T>&) = {SlideChannels<T, kWindow, R + 1>...};
+template <int kWindow, typename X, typename U, size_t... R>
+SEPCONV_INLINE void SlideByRows(const SlideArgs<X, U>& d, std::index_sequence<R...>) {
+  static constexpr void (*kTable[])(const SlideArgs<X, U>&) = {
+      SlideChannels<kWindow, R + 1, X, U>...};
   kTable[d.rows - 1](d);
 }
 
-template <typename T>
-void Slide(const SlideArgs<T>& d) {
+template <typename X, typename U>
+void Slide(const SlideArgs<X, U>& d) {
   constexpr auto kRows = std::make_index_sequence<kTuning.slide_rows[0]>();
   constexpr auto kWideRows = std::make_index_sequence<kTuning.slide_rows[1]>();
   switch (d.window) {
     case 3:
-      return SlideByRows<T, 3>(d, kRows);
+      return SlideByRows<3>(d, kRows);
     case 5:
-      return SlideByRows<T, 5>(d, kWideRows);
+      return SlideByRows<5>(d, kWideRows);
     default:
-      return SlideByRows<T, 7>(d, kWideRows);
+      return SlideByRows<7>(d, kWideRows);
   }
+}
+
+template <typename X, typename U = X>
+constexpr DepthwiseKernels<X, U> MakeDepthwise() {
+  return {Depthwise<X, U>, Slide<X, U>};
 }
 
 template <typename T, int kTaps, int kVectors, bool kWhole>
@@ -827,8 +934,7 @@ constexpr Kernels<T> MakeKernels() {
           kTuning.micro_vectors * kLanes<T>,
           {kTuning.slide_rows[0], kTuning.slide_rows[1]},
           Gemm<T>,
-          Depthwise<T>,
-          Slide<T>,
+          MakeDepthwise<T>(),
           DepthwiseGradient<T>,
           kTuning.gradient_window,
           WindowGradient<T>,
@@ -838,6 +944,16 @@ constexpr Kernels<T> MakeKernels() {
           AddColumnSums<T>,
           FmaChains<T, false>,
           2 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<T>};
+}
+
+constexpr PairKernels MakePairKernels() {
+  return {GemmOfPairs<float>,
+          GemmOfPairs<BFloat16>,
+          MakeDepthwise<BFloat16>(),
+          MakeDepthwise<float, BFloat16>(),
+          PackPairs,
+          NarrowRows,
+          FmaChains<float, true>};
 }
 
 constexpr Target MakeTarget(const char* name, bool (*runs_here)(),

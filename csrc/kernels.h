@@ -3,6 +3,7 @@
 #ifndef SEPCONV_KERNELS_H_
 #define SEPCONV_KERNELS_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "sepconv.h"
@@ -10,17 +11,31 @@
 
 namespace sepconv {
 
+// The least magnitudes above zero that a worker has met, lane by lane, as bits less one; see
+// PairKernels.
+struct alignas(64) LeastLanes {
+  static constexpr int kLanes = 16;
+  LeastLanes() {
+    std::fill_n(value, kLanes, 0xffffffffu);
+    std::fill_n(weight, 2 * kLanes, uint16_t{0xffff});
+  }
+  uint32_t value[kLanes];  // of floats
+  uint16_t weight[2 * kLanes];
+};
+
 // C[rows x columns] = A B, then + bias, then clamped to [low, high]; or C += A B.
 // One panel: columns <= tile columns. One of A's strides is 1. B rows must be readable up to the
-// next whole vector.
-template <typename T>
+// next whole vector. Elements of A and B are numbers, or pairs of neighbours in depth; `depth`
+// counts elements.
+template <typename E, typename C = ComputeType<E>>
 struct GemmArgs {
+  using T = ComputeType<E>;
   int64_t rows, depth, columns;
-  const T* a;
+  const E* a;
   int64_t a_row_stride, a_depth_stride;
-  const T* b;
+  const E* b;
   int64_t b_stride;
-  T* c;
+  C* c;
   int64_t c_stride;
   const T* bias;  // null: none
   T low, high;    // (-inf, inf): no clamp
@@ -29,11 +44,12 @@ struct GemmArgs {
   const T* before = nullptr;
   // What comes next, meanwhile: `depth` rows, each as wide as this panel, are copied to
   // `ahead_to`[row][b_stride], or, where that is null, fetched into L2. Null: none. Not where A's
-  // rows are neighbours.
+  // rows are neighbours. Rows of pairs are made of two rows of bfloat16, half a stride apart.
   const char* ahead = nullptr;
   int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
   bool fetch_rows = false;                        // A comes from memory: fetch its next rows too
-  T* ahead_to = nullptr;
+  E* ahead_to = nullptr;
+  LeastLanes* least = nullptr;  // of the pairs copied
   // So many bytes of memory from here on are fetched into L2 meanwhile.
   const char* fetch = nullptr;
   int64_t fetch_bytes = 0;
@@ -43,21 +59,27 @@ struct GemmArgs {
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
 // their sums).
-template <typename T>
+template <typename X>
 struct Tap {
-  const T* source;
+  using T = ComputeType<X>;
+  const X* source;
   const T* weight;
   T* weight_sum;
 };
 
-// out[p][c] = bias[c] + sum over taps of source[p * source_stride + c] * weight[c]
-template <typename T>
+// u[p][c] = bias[c] + sum over taps of source[p * source_stride + c] * weight[c]
+//
+// X and U are the types of the source and the output: that of the sums, or BFloat16. What is stored
+// as BFloat16 fills the last vector with zeros, and is watched: see PairKernels.
+template <typename X, typename U = X>
 struct DepthwiseArgs {
-  const Tap<T>* taps;
+  using T = ComputeType<X>;
+  const Tap<X>* taps;
   int64_t num_taps, pixels, channels, source_stride;
   const T* bias;  // null: none
-  T* out;
+  U* out;
   int64_t out_stride;
+  LeastLanes* least = nullptr;
 };
 
 // Rows of pixels whose windows overlap: `window` (3, 5 or 7) neighbouring rows and columns of taps.
@@ -67,19 +89,27 @@ struct DepthwiseArgs {
 //   out[r][p][c] = bias[c] + sum over i, j of sources[r + i][first_column + p + j][c] *
 //                  weights[i * window + j][c]
 // A source row that does not exist is null; there is then one output row.
-template <typename T>
+template <typename X, typename U = X>
 struct SlideArgs {
+  using T = ComputeType<X>;
   int64_t window, rows, pixels, channels;
-  const T* const* sources;
+  const X* const* sources;
   int64_t source_stride, first_column, width;
   const T* weights;
   int64_t weight_stride;
   const T* bias;  // null: none
-  T* out;
+  U* out;
   int64_t out_stride, out_row_stride;
+  LeastLanes* least = nullptr;
 };
 inline constexpr bool HasSlide(int64_t window) { return window == 3 || window == 5 || window == 7; }
 inline constexpr int64_t kMaxSlideSources = 16;
+
+template <typename X, typename U = X>
+struct DepthwiseKernels {
+  void (*taps)(const DepthwiseArgs<X, U>&);
+  void (*slide)(const SlideArgs<X, U>&);
+};
 
 // weight_sum[c] += sum over pixels of source[p * source_stride + c] * gradient[p * gradient_stride
 // + c], per tap
@@ -110,8 +140,7 @@ struct Kernels {
   int64_t lanes, rows, columns;  // of the widest micro-kernel tile
   int64_t slide_rows[2];         // of a window of 3, and of a wider one
   void (*gemm)(const GemmArgs<T>&);
-  void (*depthwise)(const DepthwiseArgs<T>&);
-  void (*slide)(const SlideArgs<T>&);
+  DepthwiseKernels<T> depthwise;
   void (*depthwise_gradient)(const DepthwiseGradientArgs<T>&);
   int64_t gradient_window;  // the widest of window_gradient, which has the odd ones from 3 on
   void (*window_gradient)(const WindowGradientArgs<T>&);
@@ -148,32 +177,44 @@ struct RowCopies {
   void (*round)(T* data, int64_t rows, int64_t count, int64_t stride);
 };
 
-// The pointwise stage of bfloat16 by an instruction that adds up products of pairs. It takes
-// subnormal numbers for zero, so its operands are watched: `Least` is the least magnitude above
-// zero among them, as bits less one, or 0xffff. Every sum is a multiple of the product of the last
-// places of the least operands. Where that is no subnormal, no sum is; see MayFlush.
+// The forward pass of bfloat16 with an instruction that adds up products of pairs. It takes
+// subnormal numbers for zero, as the one that narrows floats does. So all operands are watched:
+// every sum is a multiple of the product of the last places of the least operands above zero, and
+// of the last place of the least bias. Where that is no subnormal, no sum is; see MayFlush.
 struct PairKernels {
-  // A and B hold pairs of bfloat16, neighbours in depth, in place of floats; `depth` counts pairs.
-  // A's depth stride is 1. `ahead_to` is not used.
-  void (*gemm)(const GemmArgs<float>&);
-  // to[r / 2][width] = rows r and r + 1 of from, zero for c >= count and r >= rows. Returns Least.
-  uint16_t (*pack)(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
-                   float* to);
-  // Rows of floats rounded to pairs. The rest of the last vector of a row is zero. Returns Least.
-  uint16_t (*narrow)(const float* from, int64_t stride, int64_t rows, int64_t count, float* to,
-                     int64_t to_stride);
+  // A's depth stride is 1.
+  void (*gemm)(const GemmArgs<BFloat16Pair, float>&);
+  void (*gemm_stored)(const GemmArgs<BFloat16Pair, BFloat16>&);
+  DepthwiseKernels<BFloat16> depthwise;  // of rows of x in place
+  DepthwiseKernels<float, BFloat16> depthwise_staged;
+  // to[r / 2][width] = rows r and r + 1 of from, zero for c >= count and r >= rows.
+  void (*pack)(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
+               BFloat16Pair* to, LeastLanes* least);
+  // Rows of floats rounded. The rest of the last vector of a row is zero.
+  void (*narrow)(const float* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to,
+                 int64_t to_stride, LeastLanes* least);
   // As `fma_chains`, with twice the operations.
   void (*chains)(int64_t steps, float* result);
 };
 
-// Whether a product or a sum of products could be subnormal, and so be lost. A bfloat16 with the
-// exponent field e > 0 is a multiple of 2^(e - 134), e = 0 is subnormal itself; the least normal
-// float is 2^-126.
-inline bool MayFlush(uint16_t least_a, uint16_t least_b) {
-  if (least_a == 0xffff || least_b == 0xffff) return false;  // Nothing but zeros.
-  const int a = (least_a + 1) >> 7, b = (least_b + 1) >> 7;
-  return a == 0 || b == 0 || a + b - 2 * 134 < -126;
-}
+// Exponent fields of the least operands above zero. A bfloat16 with the field e > 0 is a multiple
+// of 2^(e - 134), e = 0 is subnormal itself; the least normal float is 2^-126.
+struct LeastOperands {
+  static constexpr int kNone = 512;  // What LeastLanes of zeros alone give.
+  int value = kNone, weight = kNone, bias = kNone;
+
+  void Add(const LeastLanes& lanes) {
+    for (const uint32_t bits : lanes.value)
+      value = std::min(value, static_cast<int>((uint64_t{bits} + 1) >> 23));
+    for (const uint16_t bits : lanes.weight) weight = std::min(weight, (bits + 1) >> 7);
+  }
+  // Whether a product or a sum of products could be subnormal, and so be lost.
+  bool MayFlush() const {
+    if (bias - 134 < -126) return true;
+    if (value == kNone || weight == kNone) return false;
+    return value == 0 || weight == 0 || value + weight - 2 * 134 < -126;
+  }
+};
 
 struct Target {
   const char* name;

@@ -1,6 +1,5 @@
 #include "packed.h"
 
-#include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
@@ -20,17 +19,16 @@ PackedPointwise* Pack(const void* data, int64_t depth, int64_t filters) {
   const Panels panels(filters, KernelsOf<T>(target));
   const bool pairs = std::is_same_v<S, BFloat16> && target.pairs;
   const int64_t rows = pairs ? CeilDiv(depth, 2) : depth;
-  auto* packed = new PackedPointwise{target, pairs, 0xffff,
+  auto* packed = new PackedPointwise{target, pairs, LeastLanes(),
                                      Buffer(rows * panels.packed_columns() * int64_t{sizeof(T)})};
-  T* to = packed->data.template As<T>();
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    for (int64_t panel = 0; pairs && panel < panels.count(); ++panel) {
-      packed->least_weight = std::min(
-          packed->least_weight,
-          PackPairsOfPanel(*target.pairs, matrix, depth, filters, 0, depth, panels, panel, to));
-    }
+  if (!pairs) {
+    PackPanels<S>(CopiesOf<S>(target), matrix, depth, filters, 0, depth, panels, 0,
+                  packed->data.template As<T>());
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    for (int64_t panel = 0; panel < panels.count(); ++panel)
+      PackPairsOfPanel(*target.pairs, matrix, depth, filters, 0, depth, panels, panel,
+                       packed->data.template As<BFloat16Pair>(), &packed->least);
   }
-  if (!pairs) PackPanels<S>(CopiesOf<S>(target), matrix, depth, filters, 0, depth, panels, 0, to);
   return packed;
 }
 

@@ -10,10 +10,10 @@
 namespace sepconv {
 
 struct PackedPointwise {
-  const Target& target;   // what was packed for another one is of no use
-  bool pairs;             // of bfloat16, in place of elements of the compute type
-  uint16_t least_weight;  // of the pairs; see PairKernels
-  Buffer data;            // panel[depth or pairs][width], as Panels cuts them
+  const Target& target;  // what was packed for another one is of no use
+  bool pairs;            // of bfloat16, in place of elements of the compute type
+  LeastLanes least;      // of the pairs; see PairKernels
+  Buffer data;           // panel[depth or pairs][width], as Panels cuts them
 };
 
 }  // namespace sepconv

@@ -9,6 +9,13 @@
 // target has one.
 
 #define SEPCONV_INLINE inline __attribute__((always_inline))
+// Of pairs of bfloat16: without the instructions they are for tests alone, and compile in half the
+// time out of line.
+#if defined(SEPCONV_SIMD_AVX512)
+#define SEPCONV_PAIRS_INLINE SEPCONV_INLINE
+#else
+#define SEPCONV_PAIRS_INLINE inline __attribute__((noinline))
+#endif
 
 template <typename T>
 struct VectorOf;
@@ -136,11 +143,6 @@ SEPCONV_INLINE void MultiplyAdd(Vec<double>& sum, Vec<double> a, Vec<double> b) 
   asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// sum += the products of pairs of bfloat16, in every lane. Subnormal operands and sums count as
-// zero. Only where the CPU has AVX512_BF16.
-SEPCONV_INLINE void AddDotOfPairs(Vec<float>& sum, Vec<float> a, Vec<float> b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
 #elif defined(SEPCONV_SIMD_AVX2)
 SEPCONV_INLINE void MultiplyAdd(Vec<float>& sum, Vec<float> a, Vec<float> b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
@@ -206,15 +208,89 @@ SEPCONV_INLINE Vec<T> Interleave(Vec<T> a, Vec<T> b) {
 // The 16-bit storage types: the low half of every 32-bit lane.
 typedef uint32_t Bits32 __attribute__((vector_size(SEPCONV_VECTOR_BYTES)));
 typedef uint16_t Bits16 __attribute__((vector_size(SEPCONV_VECTOR_BYTES / 2)));
+typedef uint16_t FullBits16 __attribute__((vector_size(SEPCONV_VECTOR_BYTES)));
+typedef uint16_t UnalignedFullBits16
+    __attribute__((vector_size(SEPCONV_VECTOR_BYTES), aligned(2), may_alias));
 typedef uint16_t UnalignedBits16
     __attribute__((vector_size(SEPCONV_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+// Lanewise to and from 32 bits, and the lesser of two. GCC makes more of the plain forms than the
+// one instruction each that they are.
+#if defined(SEPCONV_SIMD_AVX512)
+SEPCONV_INLINE Bits32 ToBits32(Bits16 bits) {
+  return reinterpret_cast<Bits32>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(bits)));
+}
+SEPCONV_INLINE Bits16 ToBits16(Bits32 bits) {
+  return reinterpret_cast<Bits16>(
+      _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(bits)));
+}
+SEPCONV_INLINE Bits32 Lesser(Bits32 a, Bits32 b) {
+  return reinterpret_cast<Bits32>(
+      _mm512_maskz_min_epu32(0xffff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+SEPCONV_INLINE FullBits16 Lesser(FullBits16 a, FullBits16 b) {
+  return reinterpret_cast<FullBits16>(
+      _mm512_min_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+#else
+SEPCONV_INLINE Bits32 ToBits32(Bits16 bits) { return __builtin_convertvector(bits, Bits32); }
+SEPCONV_INLINE Bits16 ToBits16(Bits32 bits) { return __builtin_convertvector(bits, Bits16); }
+template <typename V>
+SEPCONV_INLINE V Lesser(V a, V b) {
+  return Select(a < b, a, b);
+}
+#endif
+
+// a0 b0 a1 b1 ... of the lower or the upper halves.
+template <bool kUpper, size_t... I>
+SEPCONV_INLINE FullBits16 InterleaveBits(FullBits16 a, FullBits16 b, std::index_sequence<I...>) {
+  constexpr int kL = SEPCONV_VECTOR_BYTES / 2;
+#if defined(__clang__)
+  return __builtin_shufflevector(
+      a, b, (kInterleaved<kUpper, 1, kL, I> + static_cast<int>(I) % 2 * kL)...);
+#else
+  return __builtin_shuffle(
+      a, b, FullBits16{(kInterleaved<kUpper, 1, kL, I> + static_cast<int>(I) % 2 * kL)...});
+#endif
+}
+template <bool kUpper>
+SEPCONV_PAIRS_INLINE FullBits16 InterleaveBits(FullBits16 a, FullBits16 b) {
+  return InterleaveBits<kUpper>(a, b, std::make_index_sequence<SEPCONV_VECTOR_BYTES / 2>());
+}
+
+// The first `count` of them; see LoadFirst and StoreFirst.
+#if defined(SEPCONV_SIMD_AVX512)
+SEPCONV_INLINE Bits16 LoadBitsFirst(const void* from, int count) {
+  return reinterpret_cast<Bits16>(
+      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from));
+}
+SEPCONV_INLINE void StoreBitsFirst(void* to, int count, Bits16 value) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1),
+                           reinterpret_cast<__m256i>(value));
+}
+SEPCONV_INLINE void StoreBitsFirst(void* to, int count, FullBits16 value) {
+  _mm512_mask_storeu_epi16(to, static_cast<__mmask32>((uint64_t{1} << count) - 1),
+                           reinterpret_cast<__m512i>(value));
+}
+#else
+SEPCONV_INLINE Bits16 LoadBitsFirst(const void* from, int count) {
+  Bits16 bits = {};
+  std::memcpy(&bits, from, static_cast<size_t>(count) * sizeof(uint16_t));
+  return bits;
+}
+template <typename V>
+SEPCONV_INLINE void StoreBitsFirst(void* to, int count, V value) {
+  std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(uint16_t));
+}
+#endif
 
 // Vector forms of Widen and Narrow in storage.h, which says what they do.
 template <typename S>
 SEPCONV_INLINE Vec<float> WidenLanes(Bits16 stored);
 template <>
 SEPCONV_INLINE Vec<float> WidenLanes<BFloat16>(Bits16 stored) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(stored, Bits32) << 16);
+  return reinterpret_cast<Vec<float>>(ToBits32(stored) << 16);
 }
 template <typename S>
 SEPCONV_INLINE Bits16 NarrowLanes(Vec<float> value);
@@ -222,7 +298,7 @@ template <>
 SEPCONV_INLINE Bits16 NarrowLanes<BFloat16>(Vec<float> value) {
   const Bits32 bits = reinterpret_cast<Bits32>(value);
   const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(Select(value != value, (bits >> 16) | 0x40u, rounded), Bits16);
+  return ToBits16(Select(value != value, (bits >> 16) | 0x40u, rounded));
 }
 #if defined(SEPCONV_SIMD_AVX512)
 // With all lanes in the mask, because GCC 12 warns of an uninitialized value in the plain ones.
@@ -268,6 +344,52 @@ SEPCONV_INLINE Bits16 NarrowLanes<Float16>(Vec<float> value) {
 }
 #endif
 
+// Pairs of bfloat16. With AVX-512, only where the CPU has AVX512_BF16 too; elsewhere for tests. The
+// instructions take subnormal numbers for zero, as operands and as sums.
+SEPCONV_INLINE Vec<float> Load(const BFloat16Pair* from) {
+  return Load(reinterpret_cast<const float*>(from));
+}
+SEPCONV_INLINE void Store(BFloat16Pair* to, Bits32 value) {
+  Store(reinterpret_cast<float*>(to), reinterpret_cast<Vec<float>>(value));
+}
+SEPCONV_INLINE Vec<float> Set(BFloat16Pair pair) { return Set(std::bit_cast<float>(pair)); }
+#if defined(SEPCONV_SIMD_AVX512)
+SEPCONV_INLINE void Stream(BFloat16* to, FullBits16 value) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
+}
+// sum += the products of both halves, in every lane.
+SEPCONV_INLINE void AddDotOfPairs(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+SEPCONV_INLINE Bits16 NarrowNormal(Vec<float> value) {
+  Bits16 bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(value));
+  return bits;
+}
+SEPCONV_INLINE FullBits16 NarrowNormal(Vec<float> first, Vec<float> second) {
+  FullBits16 bits;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(first), "v"(second));
+  return bits;
+}
+#else
+SEPCONV_INLINE void AddDotOfPairs(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  const Bits32 x = reinterpret_cast<Bits32>(a), y = reinterpret_cast<Bits32>(b);
+  const Bits32 upper = Bits32{} + 0xffff0000u;
+  sum += reinterpret_cast<Vec<float>>(x & upper) * reinterpret_cast<Vec<float>>(y & upper);
+  sum += reinterpret_cast<Vec<float>>(x << 16) * reinterpret_cast<Vec<float>>(y << 16);
+}
+SEPCONV_PAIRS_INLINE Bits16 NarrowNormal(Vec<float> value) { return NarrowLanes<BFloat16>(value); }
+SEPCONV_PAIRS_INLINE FullBits16 NarrowNormal(Vec<float> first, Vec<float> second) {
+  const Bits16 halves[2] = {NarrowLanes<BFloat16>(first), NarrowLanes<BFloat16>(second)};
+  FullBits16 bits;
+  std::memcpy(&bits, halves, sizeof(bits));
+  return bits;
+}
+SEPCONV_INLINE void Stream(BFloat16* to, FullBits16 value) {
+  *reinterpret_cast<UnalignedFullBits16*>(to) = value;
+}
+#endif
+
 // Vectors of the compute type from and to memory of the storage type.
 SEPCONV_INLINE Vec<float> LoadStored(const float* from) { return Load(from); }
 SEPCONV_INLINE Vec<double> LoadStored(const double* from) { return Load(from); }
@@ -289,9 +411,7 @@ SEPCONV_INLINE Vec<double> LoadStoredFirst(const double* from, int count) {
 }
 template <typename S>
 SEPCONV_INLINE Vec<float> LoadStoredFirst(const S* from, int count) {
-  Bits16 stored = {};
-  std::memcpy(&stored, from, static_cast<size_t>(count) * sizeof(S));
-  return WidenLanes<S>(stored);
+  return WidenLanes<S>(LoadBitsFirst(from, count));
 }
 SEPCONV_INLINE void StoreStoredFirst(float* to, int count, Vec<float> value) {
   StoreFirst(to, count, value);
@@ -301,8 +421,7 @@ SEPCONV_INLINE void StoreStoredFirst(double* to, int count, Vec<double> value) {
 }
 template <typename S>
 SEPCONV_INLINE void StoreStoredFirst(S* to, int count, Vec<float> value) {
-  const Bits16 stored = NarrowLanes<S>(value);
-  std::memcpy(to, &stored, static_cast<size_t>(count) * sizeof(S));
+  StoreBitsFirst(to, count, NarrowLanes<S>(value));
 }
 
 // To the storage type and back.
@@ -316,12 +435,12 @@ SEPCONV_INLINE Vec<ComputeType<S>> Rounded(Vec<ComputeType<S>> value) {
 }
 
 // Either a whole vector or its first lanes, decided at compile time.
-template <bool kWhole, typename T>
-SEPCONV_INLINE Vec<T> LoadLanes(const T* from, int count) {
+template <bool kWhole, typename S>
+SEPCONV_INLINE Vec<ComputeType<S>> LoadLanes(const S* from, int count) {
   if constexpr (kWhole) {
-    return Load(from);
+    return LoadStored(from);
   } else {
-    return LoadFirst(from, count);
+    return LoadStoredFirst(from, count);
   }
 }
 template <bool kWhole, typename T>

@@ -13,6 +13,10 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Neighbours in depth, whose products one instruction adds up.
+struct BFloat16Pair {
+  BFloat16 first, second;
+};
 
 template <typename S>
 struct ComputeTypeOf {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -34,8 +35,7 @@ static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 #include "simd.h"
 #include "kernel-inl.h"
 
-inline constexpr PairKernels kPairKernels{GemmOfPairs, PackPairs, NarrowToPairs,
-                                          FmaChains<float, true>};
+inline constexpr PairKernels kPairKernels = MakePairKernels();
 
 }  // namespace sepconv::avx512
 

@@ -1,10 +1,11 @@
 // The 64-byte vectors and the tile shapes of the AVX-512 target on a CPU with AVX2: slow, never
 // chosen by itself. With it every tile edge of the AVX-512 target is tested on machines that do not
-// have the instructions.
+// have the instructions. So are the kernels for pairs of bfloat16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +34,8 @@ static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 #include "simd.h"
 #include "kernel-inl.h"
 
+inline constexpr PairKernels kPairKernels = MakePairKernels();
+
 }  // namespace sepconv::emulated_avx512
 
 #if defined(__clang__)
@@ -46,7 +49,8 @@ namespace {
 bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace
 
-const Target kEmulatedAvx512Target = emulated_avx512::MakeTarget("emulated_avx512", RunsHere);
+const Target kEmulatedAvx512Target =
+    emulated_avx512::MakeTarget("emulated_avx512", RunsHere, &emulated_avx512::kPairKernels);
 
 }  // namespace sepconv
 #endif

@@ -1,6 +1,7 @@
 // NEON is part of every aarch64 CPU: no target region is needed.
 #if defined(__aarch64__)
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

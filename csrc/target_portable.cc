@@ -1,5 +1,6 @@
 // What the compiler takes for granted on this platform: SSE2 on x86-64.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -59,18 +59,19 @@ class ColumnPlan {
 };
 
 // One kernel row that reads inside the image: pixel 0 of source column 0, as if it were there.
-template <typename T>
+template <typename X>
 struct SourceRow {
   int64_t kernel_row;
-  const T* data;
+  const X* data;
 };
 
 // Calls run(first pixel, number of pixels, taps, number of taps) for each segment within [begin,
 // end). Tap sources point at the segment's first pixel. `taps` has room for every kernel tap.
-template <typename T, typename Run>
-void ForEachSegment(const ColumnPlan& plan, int64_t begin, int64_t end, const SourceRow<T>* rows,
+template <typename X, typename Run>
+void ForEachSegment(const ColumnPlan& plan, int64_t begin, int64_t end, const SourceRow<X>* rows,
                     int64_t num_rows, int64_t column_stride, int64_t kernel_width,
-                    int64_t tap_stride, const T* weights, T* weight_sums, Tap<T>* taps, Run&& run) {
+                    int64_t tap_stride, const ComputeType<X>* weights, ComputeType<X>* weight_sums,
+                    Tap<X>* taps, Run&& run) {
   for (const ColumnPlan::Segment& segment : plan.segments()) {
     const int64_t first = std::max(begin, segment.begin), last = std::min(end, segment.end);
     if (first >= last) continue;
@@ -115,8 +116,9 @@ struct Problem {
     slides = g.kernel_height == g.kernel_width && HasSlide(g.kernel_width) &&
              g.stride_height == 1 && g.stride_width == 1;
     slide_rows = slides && g.dilation_height == 1 ? kernels.SlideRows(g.kernel_width) : 1;
-    rows_in_place = std::is_same_v<S, T> && !g.channels_first() && g.depth_multiplier == 1 &&
-                    g.input_activation == static_cast<int64_t>(Activation::kLinear);
+    rows_lie_ready = !g.channels_first() && g.depth_multiplier == 1 &&
+                     g.input_activation == static_cast<int64_t>(Activation::kLinear);
+    rows_in_place = std::is_same_v<S, T> && rows_lie_ready;
   }
 
   int64_t row_reach() const { return (g.kernel_height - 1) * g.dilation_height + 1; }
@@ -127,9 +129,10 @@ struct Problem {
   Activation input_activation() const { return static_cast<Activation>(g.input_activation); }
   int64_t macs() const { return pixels * depth * (filters + g.kernel_height * g.kernel_width); }
   // Row length of a tile of `columns` elements.
+  template <typename E = T>
   static int64_t TileStride(int64_t columns) {
-    return RoundUp(columns, kBufferAlignment / sizeof(T)) +
-           kTileRowPadBytes / static_cast<int64_t>(sizeof(T));
+    return RoundUp(columns, kBufferAlignment / sizeof(E)) +
+           kTileRowPadBytes / static_cast<int64_t>(sizeof(E));
   }
 
   const Geometry& g;
@@ -144,6 +147,7 @@ struct Problem {
   const T* depthwise_bias = nullptr;
   const T* bias = nullptr;
   ColumnPlan columns;
+  bool rows_lie_ready = false;  // but for the type
   bool rows_in_place = false;
   bool slides = false;     // the depthwise stage is a sliding window
   int64_t slide_rows = 1;  // output rows that it computes at once
@@ -260,27 +264,38 @@ class InputRows {
 
   int64_t column_stride() const { return p_.rows_in_place ? p_.g.in_channels : q_end_ - q_begin_; }
 
+  // X is the type of the rows: that of x in place, that of the sums staged.
+
   // The rows that output row `out_row` of `image` reads; returns their number.
-  int64_t Rows(int64_t image, int64_t out_row, SourceRow<T>* rows) {
+  template <typename X>
+  int64_t Rows(int64_t image, int64_t out_row, SourceRow<X>* rows) {
     int64_t count = 0;
     for (int64_t i = 0; i < p_.g.kernel_height; ++i) {
       const int64_t row = out_row * p_.g.stride_height + i * p_.g.dilation_height - p_.g.pad_top;
-      if (const T* data = RowOrNull(image, row)) rows[count++] = {i, data};
+      if (const X* data = RowOrNull<X>(image, row)) rows[count++] = {i, data};
     }
     return count;
   }
   // Column 0 of a row of x, as if it were there; null outside the image.
-  const T* RowOrNull(int64_t image, int64_t row) {
-    return row >= 0 && row < p_.g.in_height ? Row(image, row) : nullptr;
+  template <typename X = T>
+  const X* RowOrNull(int64_t image, int64_t row) {
+    return row >= 0 && row < p_.g.in_height ? Row<X>(image, row) : nullptr;
   }
 
   // Input row `row` of `image`, which exists.
-  const T* Row(int64_t image, int64_t row) {
+  template <typename X = T>
+  const X* Row(int64_t image, int64_t row) {
     const Geometry& g = p_.g;
-    if constexpr (std::is_same_v<S, T>) {
-      if (p_.rows_in_place)
+    if constexpr (std::is_same_v<S, X>) {
+      if (p_.rows_in_place || !std::is_same_v<X, T>)
         return p_.x + (image * g.in_height + row) * g.in_width * g.in_channels + q_begin_;
     }
+    if constexpr (std::is_same_v<X, T>) return StagedRow(image, row);
+  }
+
+ private:
+  const T* StagedRow(int64_t image, int64_t row) {
+    const Geometry& g = p_.g;
     const int64_t tag = image * g.in_height + row, slot = tag % slots_;
     const int64_t columns = column_end_ - column_begin_, channels = q_end_ - q_begin_;
     T* data = staged_ + slot * columns * channels;
@@ -295,7 +310,6 @@ class InputRows {
     return data - column_begin_ * channels;
   }
 
- private:
   const Problem<S>& p_;
   T* staged_;
   int64_t* staged_row_;
@@ -313,71 +327,82 @@ int64_t RowsAtOnce(const Problem<S>& p, int64_t row, int64_t row_end) {
                              1, p.slide_rows);
 }
 
+// Where the depthwise stage of a tile reads and writes, and by which kernels.
+template <typename S, typename X, typename U>
+struct DepthwiseStage {
+  const Problem<S>& p;
+  const DepthwiseKernels<X, U>& kernels;
+  InputRows<S>& input;
+  SourceRow<X>* rows;  // as many as the kernel has
+  Tap<X>* taps;        // likewise
+  int64_t q_begin, q_end;
+  int64_t out_stride;
+  LeastLanes* least = nullptr;
+};
+
 // Output rows [out_row, out_row + num_rows), pixels [begin, end) of each, by a sliding window.
-template <typename S, typename T = ComputeType<S>>
-void SlideOver(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t out_row,
-               int64_t num_rows, int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, T* out,
-               int64_t out_stride) {
+template <typename S, typename X, typename U>
+void SlideOver(const DepthwiseStage<S, X, U>& stage, int64_t image, int64_t out_row,
+               int64_t num_rows, int64_t begin, int64_t end, U* out) {
+  const Problem<S>& p = stage.p;
   const Geometry& g = p.g;
-  const T* sources[kMaxSlideSources];
+  const int64_t q_begin = stage.q_begin, q_end = stage.q_end, out_stride = stage.out_stride;
+  const X* sources[kMaxSlideSources];
   const int64_t num_sources = g.kernel_height + num_rows - 1;
   for (int64_t i = 0; i < num_sources; ++i) {
     const int64_t row = out_row - g.pad_top + i * g.dilation_height;
-    sources[i] = row < 0 || row >= g.in_height ? nullptr : input.Row(image, row);
+    sources[i] = stage.input.template RowOrNull<X>(image, row);
   }
   // With dilation, the pixels at a distance of `step` are a row of their own, of every step-th
   // column of the source.
-  const int64_t step = g.dilation_width, stride = input.column_stride();
+  const int64_t step = g.dilation_width, stride = stage.input.column_stride();
   for (int64_t phase = 0; phase < std::min(step, end - begin); ++phase) {
     const int64_t column = begin + phase - g.pad_left;
     const int64_t first = column >= 0 ? column / step : -CeilDiv(-column, step);
     const int64_t shift = column - first * step;
-    const T* shifted[kMaxSlideSources];
+    const X* shifted[kMaxSlideSources];
     for (int64_t i = 0; i < num_sources; ++i)
       shifted[i] = sources[i] ? sources[i] + shift * stride : nullptr;
-    p.kernels.slide({g.kernel_width, num_rows, CeilDiv(end - begin - phase, step), q_end - q_begin,
-                     shifted, step * stride, first, CeilDiv(g.in_width - shift, step),
-                     p.depthwise_kernel + q_begin, p.depth,
-                     p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
-                     out + phase * out_stride, step * out_stride, (end - begin) * out_stride});
+    stage.kernels.slide(
+        {g.kernel_width, num_rows, CeilDiv(end - begin - phase, step), q_end - q_begin, shifted,
+         step * stride, first, CeilDiv(g.in_width - shift, step), p.depthwise_kernel + q_begin,
+         p.depth, p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr, out + phase * out_stride,
+         step * out_stride, (end - begin) * out_stride, stage.least});
   }
 }
 
 // Depthwise output of pixels [begin, end) of one output row, before bias-free activation, to
 // out[pixel][channel].
-template <typename S, typename T = ComputeType<S>>
-void DepthwiseRow(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t out_row,
-                  int64_t begin, int64_t end, int64_t q_begin, int64_t q_end, SourceRow<T>* rows,
-                  Tap<T>* taps, T* out, int64_t out_stride) {
-  if (p.slides) {
-    SlideOver(p, input, image, out_row, 1, begin, end, q_begin, q_end, out, out_stride);
-    return;
-  }
-  const int64_t num_rows = input.Rows(image, out_row, rows);
-  ForEachSegment<T>(
-      p.columns, begin, end, rows, num_rows, input.column_stride(), p.g.kernel_width, p.depth,
-      p.depthwise_kernel + q_begin, nullptr, taps,
-      [&](int64_t first, int64_t count, const Tap<T>* segment_taps, int64_t num_taps) {
-        p.kernels.depthwise({segment_taps, num_taps, count, q_end - q_begin,
-                             p.columns.step() * input.column_stride(),
-                             p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
-                             out + (first - begin) * out_stride, out_stride});
-      });
+template <typename S, typename X, typename U>
+void DepthwiseRow(const DepthwiseStage<S, X, U>& stage, int64_t image, int64_t out_row,
+                  int64_t begin, int64_t end, U* out) {
+  const Problem<S>& p = stage.p;
+  if (p.slides) return SlideOver(stage, image, out_row, 1, begin, end, out);
+  const int64_t num_rows = stage.input.Rows(image, out_row, stage.rows);
+  const int64_t q_begin = stage.q_begin, column_stride = stage.input.column_stride();
+  ForEachSegment<X>(p.columns, begin, end, stage.rows, num_rows, column_stride, p.g.kernel_width,
+                    p.depth, p.depthwise_kernel + q_begin, nullptr, stage.taps,
+                    [&](int64_t first, int64_t count, const Tap<X>* taps, int64_t num_taps) {
+                      stage.kernels.taps({taps, num_taps, count, stage.q_end - q_begin,
+                                          p.columns.step() * column_stride,
+                                          p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr,
+                                          out + (first - begin) * stage.out_stride,
+                                          stage.out_stride, stage.least});
+                    });
 }
 
 // The same of whole rows [row_begin, row_end), one behind the other.
-template <typename S, typename T = ComputeType<S>>
-void DepthwiseRows(const Problem<S>& p, InputRows<S>& input, int64_t image, int64_t row_begin,
-                   int64_t row_end, int64_t q_begin, int64_t q_end, SourceRow<T>* rows,
-                   Tap<T>* taps, T* out, int64_t out_stride) {
-  const int64_t width = p.g.out_width;
+template <typename S, typename X, typename U>
+void DepthwiseRows(const DepthwiseStage<S, X, U>& stage, int64_t image, int64_t row_begin,
+                   int64_t row_end, U* out) {
+  const int64_t width = stage.p.g.out_width;
   for (int64_t row = row_begin; row < row_end;) {
-    const int64_t count = p.slides ? RowsAtOnce(p, row, row_end) : 1;
-    T* to = out + (row - row_begin) * width * out_stride;
+    const int64_t count = stage.p.slides ? RowsAtOnce(stage.p, row, row_end) : 1;
+    U* to = out + (row - row_begin) * width * stage.out_stride;
     if (count > 1) {
-      SlideOver(p, input, image, row, count, 0, width, q_begin, q_end, to, out_stride);
+      SlideOver(stage, image, row, count, 0, width, to);
     } else {
-      DepthwiseRow(p, input, image, row, 0, width, q_begin, q_end, rows, taps, to, out_stride);
+      DepthwiseRow(stage, image, row, 0, width, to);
     }
     row += count;
   }
@@ -480,14 +505,13 @@ void PackPanels(const RowCopies<S>& copies, const S* matrix, int64_t depth, int6
 }
 
 // Packs rows [k_begin, k_end) of one panel as pairs of neighbours in depth; k_begin is even.
-// `packed` is where panel 0 starts. Returns Least.
-inline uint16_t PackPairsOfPanel(const PairKernels& pairs, const BFloat16* matrix, int64_t depth,
-                                 int64_t stride, int64_t k_begin, int64_t k_end,
-                                 const Panels& panels, int64_t panel, float* packed) {
+// `packed` is where panel 0 starts.
+inline void PackPairsOfPanel(const PairKernels& pairs, const BFloat16* matrix, int64_t depth,
+                             int64_t stride, int64_t k_begin, int64_t k_end, const Panels& panels,
+                             int64_t panel, BFloat16Pair* packed, LeastLanes* least) {
   const int64_t column = panels.begin(panel), width = panels.width(panel);
-  return pairs.pack(matrix + k_begin * stride + column, stride, k_end - k_begin,
-                    panels.columns(panel), width,
-                    packed + column * CeilDiv(depth, 2) + k_begin / 2 * width);
+  pairs.pack(matrix + k_begin * stride + column, stride, k_end - k_begin, panels.columns(panel),
+             width, packed + column * CeilDiv(depth, 2) + k_begin / 2 * width, least);
 }
 
 }  // namespace sepconv

@@ -158,6 +158,9 @@ def test_subnormal_numbers_are_kept(target, dtype):
     assert separable_conv2d(x, one, one).tobytes() == x.tobytes()
     dx, *_ = separable_conv2d_grad(x, x, one, one)
     assert dx.tobytes() == x.tobytes()
+    bias = x.reshape(-1)
+    y = separable_conv2d(np.zeros_like(one), one, np.ones((1, 1, 1, bias.size), stored), bias)
+    assert y.tobytes() == x.tobytes()
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
