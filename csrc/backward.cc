@@ -59,7 +59,7 @@ class BackwardLoop {
     packs_dz_ = dz_stride_ * static_cast<int64_t>(sizeof(T)) > kUnpackedPixelBytes ||
                 p_.filters % p_.kernels.lanes != 0;
     dx_in_place_ = p_.rows_in_place;
-    windows_ = p_.slides && g.kernel_width <= p_.kernels.gradient_window;
+    windows_ = p_.slides_by_one && g.kernel_width <= p_.kernels.gradient_window;
     PlanSlices();
     // Several slices read dz: computed once, if it is not too large.
     shares_dz_ = !dz_in_place_ && !recompute_slope_ && slices_ > 1 &&
@@ -686,7 +686,7 @@ class BackwardLoop {
       // Several at once only where every row that they read exists.
       const int64_t top = row + g.pad_top - (g.kernel_height - 1);
       const int64_t count =
-          p_.slides && top >= 0
+          p_.slides_by_one && top >= 0
               ? std::clamp<int64_t>(
                     std::min(row_end - row, g.out_height - (g.kernel_height - 1) - top), 1,
                     p_.slide_rows)
@@ -699,7 +699,7 @@ class BackwardLoop {
           out_stride = g.in_channels;
         }
       }
-      if (p_.slides) {
+      if (p_.slides_by_one) {
         SlideOverGradient(q, row, count, gradient, out, out_stride);
       } else {
         GatherInputRow(q, row, gradient, scratch, out, out_stride);
@@ -738,7 +738,7 @@ class BackwardLoop {
       for (int64_t i = 0; i < num_sources; ++i)
         shifted[i] = sources[i] ? sources[i] + shift * slice_stride_ : nullptr;
       p_.kernels.depthwise.slide(
-          {g.kernel_width, count, CeilDiv(g.in_width - phase, step), q.end - q.begin, shifted,
+          {g.kernel_width, 1, count, CeilDiv(g.in_width - phase, step), q.end - q.begin, shifted,
            step * slice_stride_, first, CeilDiv(g.out_width - shift, step),
            p_.depthwise_kernel + last_tap * p_.depth + q.begin, -p_.depth, nullptr,
            out + phase * out_stride, step * out_stride, g.in_width * out_stride});

@@ -223,7 +223,8 @@ class ForwardLoop {
     int least = LeastOperands::kNone;
     for (int64_t f = 0; p_.bias && f < p_.filters; ++f) {
       const uint32_t magnitude = std::bit_cast<uint32_t>(static_cast<float>(p_.bias[f])) << 1;
-      if (magnitude != 0) least = std::min(least, static_cast<int>(magnitude >> 24));
+      if (magnitude != 0)
+        least = std::min(least, static_cast<int>(magnitude >> std::numeric_limits<float>::digits));
     }
     return least;
   }

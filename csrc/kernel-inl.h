@@ -542,14 +542,15 @@ void Depthwise(const DepthwiseArgs<X, U>& d) {
 }
 
 // A window that slides along kRows rows of pixels: every column of the source is loaded once, for
-// all windows that reach it. sum[r][j] belongs to the pixel whose window has the present column as
-// its column j; when the window moves on, the sums move to the next j, which renames registers and
-// computes nothing. Every pixel is summed up in the same order, whatever rows and pixels share the
-// call.
-template <int kWindow, int kRows, bool kWhole, typename X, typename U>
+// all windows that reach it. A step is kStride columns, the first of which is column m * kStride of
+// the window of the pixel that sum[r][m] belongs to; when the window moves on, the sums move to the
+// next m, which renames registers and computes nothing. Every pixel is summed up in the same order,
+// whatever rows and pixels share the call.
+template <int kWindow, int kStride, int kRows, bool kWhole, typename X, typename U>
 SEPCONV_INLINE void SlideStrip(const SlideArgs<X, U>& d, int64_t channel, int count) {
   using T = ComputeType<X>;
-  constexpr int kSources = kRows + kWindow - 1;
+  constexpr int kSources = (kRows - 1) * kStride + kWindow;
+  constexpr int kSums = (kWindow - 1) / kStride + 1;
   Vec<T> weight[kWindow][kWindow];
 #pragma GCC unroll 8
   for (int i = 0; i < kWindow; ++i) {
@@ -560,11 +561,11 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<X, U>& d, int64_t channel, int co
     }
   }
   const Vec<T> bias = d.bias ? LoadLanes<kWhole>(d.bias + channel, count) : Vec<T>{};
-  Vec<T> sum[kRows][kWindow];
+  Vec<T> sum[kRows][kSums];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kWindow; ++j) sum[r][j] = bias;
+    for (int m = 0; m < kSums; ++m) sum[r][m] = bias;
   }
   const X* source[kSources];
 #pragma GCC unroll 16
@@ -574,73 +575,86 @@ SEPCONV_INLINE void SlideStrip(const SlideArgs<X, U>& d, int64_t channel, int co
   U* const out = d.out;
   const int64_t source_stride = d.source_stride, out_stride = d.out_stride;
   const int64_t out_row_stride = d.out_row_stride, width = d.width;
-  const int64_t first_column = d.first_column, steps = d.pixels + kWindow - 1;
+  const int64_t first_column = d.first_column, steps = d.pixels + kSums - 1;
   int64_t from = first_column * source_stride + channel;
-  int64_t to = channel - (kWindow - 1) * out_stride;
+  int64_t to = channel - (kSums - 1) * out_stride;
   for (int64_t step = 0; step < steps; ++step) {
-    if (const int64_t column = first_column + step; 0 <= column && column < width) {
-      Vec<T> x[kSources];
+#pragma GCC unroll 2
+    for (int phase = 0; phase < kStride; ++phase) {
+      const int64_t column = first_column + step * kStride + phase;
+      if (0 <= column && column < width) {
+        Vec<T> x[kSources];
 #pragma GCC unroll 16
-      for (int i = 0; i < kSources; ++i) {
-        const bool met = kRows > 1 || source[i];  // Several rows are summed where all sources are.
-        x[i] = met ? LoadLanes<kWhole>(source[i] + from, count) : Vec<T>{};
-      }
+        for (int i = 0; i < kSources; ++i) {
+          // Several rows are summed where all sources are.
+          const bool met = kRows > 1 || source[i];
+          x[i] = met ? LoadLanes<kWhole>(source[i] + from, count) : Vec<T>{};
+        }
 #pragma GCC unroll 8
-      for (int i = 0; i < kWindow; ++i) {
-        if (kRows == 1 && !source[i]) continue;
+        for (int i = 0; i < kWindow; ++i) {
+          if (kRows == 1 && !source[i]) continue;
 #pragma GCC unroll 8
-        for (int j = 0; j < kWindow; ++j) {
+          for (int m = 0; m < kSums; ++m) {
+            if (m * kStride + phase >= kWindow) continue;
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) MultiplyAdd(sum[r][j], x[i + r], weight[i][j]);
+            for (int r = 0; r < kRows; ++r)
+              MultiplyAdd(sum[r][m], x[i + r * kStride], weight[i][m * kStride + phase]);
+          }
         }
       }
-    }
-    if (step >= kWindow - 1) {
+      if (phase == (kWindow - 1) % kStride && step >= kSums - 1) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        store.template Store<kWhole>(out + to + r * out_row_stride, count, sum[r][kWindow - 1]);
+        for (int r = 0; r < kRows; ++r)
+          store.template Store<kWhole>(out + to + r * out_row_stride, count, sum[r][kSums - 1]);
+      }
+      from += source_stride;
     }
-    from += source_stride;
     to += out_stride;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int j = kWindow - 1; j > 0; --j) sum[r][j] = sum[r][j - 1];
+      for (int m = kSums - 1; m > 0; --m) sum[r][m] = sum[r][m - 1];
       sum[r][0] = bias;
     }
   }
   store.End(d.least);
 }
 
-template <int kWindow, int kRows, typename X, typename U>
+template <int kWindow, int kStride, int kRows, typename X, typename U>
 void SlideChannels(const SlideArgs<X, U>& d) {
   constexpr int kL = kLanes<ComputeType<X>>;
   int64_t channel = 0;
   for (; channel + kL <= d.channels; channel += kL)
-    SlideStrip<kWindow, kRows, true>(d, channel, kL);
+    SlideStrip<kWindow, kStride, kRows, true>(d, channel, kL);
   if (channel < d.channels)
-    SlideStrip<kWindow, kRows, false>(d, channel, static_cast<int>(d.channels - channel));
+    SlideStrip<kWindow, kStride, kRows, false>(d, channel, static_cast<int>(d.channels - channel));
 }
 
-template <int kWindow, typename X, typename U, size_t... R>
+template <int kWindow, int kStride, typename X, typename U, size_t... R>
 SEPCONV_INLINE void SlideByRows(const SlideArgs<X, U>& d, std::index_sequence<R...>) {
   static constexpr void (*kTable[])(const SlideArgs<X, U>&) = {
-      SlideChannels<kWindow, R + 1, X, U>...};
+      SlideChannels<kWindow, kStride, R + 1, X, U>...};
   kTable[d.rows - 1](d);
 }
 
-template <typename X, typename U>
-void Slide(const SlideArgs<X, U>& d) {
+template <int kStride, typename X, typename U>
+SEPCONV_INLINE void SlideByWindow(const SlideArgs<X, U>& d) {
   constexpr auto kRows = std::make_index_sequence<kTuning.slide_rows[0]>();
   constexpr auto kWideRows = std::make_index_sequence<kTuning.slide_rows[1]>();
   switch (d.window) {
     case 3:
-      return SlideByRows<3>(d, kRows);
+      return SlideByRows<3, kStride>(d, kRows);
     case 5:
-      return SlideByRows<5>(d, kWideRows);
+      return SlideByRows<5, kStride>(d, kWideRows);
     default:
-      return SlideByRows<7>(d, kWideRows);
+      return SlideByRows<7, kStride>(d, kWideRows);
   }
+}
+
+template <typename X, typename U>
+void Slide(const SlideArgs<X, U>& d) {
+  if (d.stride == 1) return SlideByWindow<1>(d);
+  SlideByWindow<2>(d);
 }
 
 template <typename X, typename U = X>

@@ -82,17 +82,17 @@ struct DepthwiseArgs {
   LeastLanes* least = nullptr;
 };
 
-// Rows of pixels whose windows overlap: `window` (3, 5 or 7) neighbouring rows and columns of taps.
-// Output row r, of as many as `SlideRows` allows, reads the source rows sources[r], ...,
-// sources[r + window - 1]; pixel p the columns first_column + p, ..., first_column + p + window -
-// 1, those of them that are in [0, width).
-//   out[r][p][c] = bias[c] + sum over i, j of sources[r + i][first_column + p + j][c] *
-//                  weights[i * window + j][c]
+// Rows of pixels whose windows overlap: `window` (3, 5 or 7) neighbouring rows and columns of taps,
+// at a `stride` of 1 or 2. Output row r, of as many as `SlideRows` allows, reads the source rows
+// from sources[r * stride] on; pixel p the columns from first_column + p * stride on, those of them
+// that are in [0, width).
+//   out[r][p][c] = bias[c] + sum over i, j of sources[r * stride + i][first_column + p * stride +
+//                  j][c] * weights[i * window + j][c]
 // A source row that does not exist is null; there is then one output row.
 template <typename X, typename U = X>
 struct SlideArgs {
   using T = ComputeType<X>;
-  int64_t window, rows, pixels, channels;
+  int64_t window, stride, rows, pixels, channels;
   const X* const* sources;
   int64_t source_stride, first_column, width;
   const T* weights;

@@ -113,8 +113,11 @@ struct Problem {
     }
     columns = ColumnPlan(g.out_width, g.stride_width, taps);
     // Rows of x are read in place where they already are what the depthwise kernel wants.
-    slides = g.kernel_height == g.kernel_width && HasSlide(g.kernel_width) &&
-             g.stride_height == 1 && g.stride_width == 1;
+    const bool has_slide = g.kernel_height == g.kernel_width && HasSlide(g.kernel_width) &&
+                           g.stride_height == g.stride_width;
+    slides_by_one = has_slide && g.stride_width == 1;
+    slides = slides_by_one ||
+             (has_slide && g.stride_width == 2 && g.dilation_height == 1 && g.dilation_width == 1);
     slide_rows = slides && g.dilation_height == 1 ? kernels.SlideRows(g.kernel_width) : 1;
     rows_lie_ready = !g.channels_first() && g.depth_multiplier == 1 &&
                      g.input_activation == static_cast<int64_t>(Activation::kLinear);
@@ -149,7 +152,8 @@ struct Problem {
   ColumnPlan columns;
   bool rows_lie_ready = false;  // but for the type
   bool rows_in_place = false;
-  bool slides = false;     // the depthwise stage is a sliding window
+  bool slides = false;  // the depthwise stage is a sliding window
+  bool slides_by_one = false;
   int64_t slide_rows = 1;  // output rows that it computes at once
 };
 
@@ -321,10 +325,10 @@ class InputRows {
 // where every row that they read is inside the image.
 template <typename S>
 int64_t RowsAtOnce(const Problem<S>& p, int64_t row, int64_t row_end) {
-  const int64_t top = row - p.g.pad_top;
+  const int64_t top = row * p.g.stride_height - p.g.pad_top;
   if (top < 0) return 1;
-  return std::clamp<int64_t>(std::min(row_end - row, p.g.in_height - p.g.kernel_height + 1 - top),
-                             1, p.slide_rows);
+  const int64_t inside = FloorDiv(p.g.in_height - p.g.kernel_height - top, p.g.stride_height) + 1;
+  return std::clamp<int64_t>(std::min(row_end - row, inside), 1, p.slide_rows);
 }
 
 // Where the depthwise stage of a tile reads and writes, and by which kernels.
@@ -348,25 +352,26 @@ void SlideOver(const DepthwiseStage<S, X, U>& stage, int64_t image, int64_t out_
   const Geometry& g = p.g;
   const int64_t q_begin = stage.q_begin, q_end = stage.q_end, out_stride = stage.out_stride;
   const X* sources[kMaxSlideSources];
-  const int64_t num_sources = g.kernel_height + num_rows - 1;
+  const int64_t num_sources = g.kernel_height + (num_rows - 1) * g.stride_height;
   for (int64_t i = 0; i < num_sources; ++i) {
-    const int64_t row = out_row - g.pad_top + i * g.dilation_height;
+    const int64_t row = out_row * g.stride_height - g.pad_top + i * g.dilation_height;
     sources[i] = stage.input.template RowOrNull<X>(image, row);
   }
-  // With dilation, the pixels at a distance of `step` are a row of their own, of every step-th
-  // column of the source.
+  // With dilation, which goes with a stride of one, the pixels at a distance of `step` are a row of
+  // their own, of every step-th column of the source.
   const int64_t step = g.dilation_width, stride = stage.input.column_stride();
   for (int64_t phase = 0; phase < std::min(step, end - begin); ++phase) {
-    const int64_t column = begin + phase - g.pad_left;
-    const int64_t first = column >= 0 ? column / step : -CeilDiv(-column, step);
+    const int64_t column = begin * g.stride_width + phase - g.pad_left;
+    const int64_t first = FloorDiv(column, step);
     const int64_t shift = column - first * step;
     const X* shifted[kMaxSlideSources];
     for (int64_t i = 0; i < num_sources; ++i)
       shifted[i] = sources[i] ? sources[i] + shift * stride : nullptr;
     stage.kernels.slide(
-        {g.kernel_width, num_rows, CeilDiv(end - begin - phase, step), q_end - q_begin, shifted,
-         step * stride, first, CeilDiv(g.in_width - shift, step), p.depthwise_kernel + q_begin,
-         p.depth, p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr, out + phase * out_stride,
+        {g.kernel_width, g.stride_width, num_rows, CeilDiv(end - begin - phase, step),
+         q_end - q_begin, shifted, step * stride, first, CeilDiv(g.in_width - shift, step),
+         p.depthwise_kernel + q_begin, p.depth,
+         p.depthwise_bias ? p.depthwise_bias + q_begin : nullptr, out + phase * out_stride,
          step * out_stride, (end - begin) * out_stride, stage.least});
   }
 }
