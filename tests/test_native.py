@@ -213,6 +213,32 @@ def test_slopes_over_the_whole_range(target, dtype, activation):
         goldens.assert_within(gradients.dx, true.dx, bounds.dx, f"slope, {stage}")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stage", ["bias", "depthwise_bias"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_ties_round_to_even(target, dtype, stage, data_format):
+    """x + half a unit in its last place, at either stage: one sum, half of the time a tie."""
+    stored, bits = DTYPES[dtype], 7 if dtype == "bfloat16" else 10
+    x = 1 + np.arange(2**bits) * 2.0**-bits  # All numbers from 1 to 2, either sign.
+    x = np.stack([x, -x]).astype(stored)
+    channels = 2 * len(x[0]) // 16
+    shape = (1, 2, 8, channels) if data_format == "channels_last" else (1, channels, 2, 8)
+    x = x.reshape(shape)
+    kernel = np.ones((1, 1, channels, 1), stored)
+    pointwise = np.eye(channels).reshape(1, 1, channels, channels).astype(stored)
+    half = np.full(channels, 2.0 ** -(bits + 1), stored)
+    biases = {"bias": None, "depthwise_bias": None, stage: half}
+    g = ConvSpec(data_format=data_format).resolve(
+        x.shape,
+        kernel.shape,
+        pointwise.shape,
+        *(None if b is None else b.shape for b in biases.values()),
+    )
+    y, gradients = run(g, dtype, (x, kernel, pointwise, *biases.values(), x))
+    np.testing.assert_array_equal(y, (x.astype(np.float32) + np.float32(half[0])).astype(stored))
+    np.testing.assert_array_equal(gradients.dx, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_slope_may_follow_from_the_output(target, dtype, activation):
