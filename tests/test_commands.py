@@ -136,6 +136,7 @@ def test_a_hostile_file_is_one_line_and_leaves_nothing(verb, name, tmp_path):
         (["out.pt", "--moving-averages", "--optimizer-slots"], "exclude each other"),
         (["out.keras", "--model", "weights.pt"], "must be the file of a model"),
         (["no/such/out.pt"], "there is no folder"),
+        (["out.pt", "--model", "missing.h5"], "there is no such file"),
     ],
 )
 def test_what_cannot_be_converted_says_why(arguments, reason, weights, tmp_path):
@@ -144,6 +145,17 @@ def test_what_cannot_be_converted_says_why(arguments, reason, weights, tmp_path)
     result = call("convert", path, tmp_path / target, *options, code=1)
     assert reason in " ".join(result.stderr.split())
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_odd_files_and_endings_are_told_in_one_line(weights, tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    (tmp_path / "folder.h5").mkdir()
+    for name in ("pipe.safetensors", "zero.pt", "folder.h5"):
+        assert call("inspect", tmp_path / name, code=1).stderr.strip().endswith(": not a file")
+    assert "nor one of a model: .keras" in call("inspect", tmp_path, code=1).stderr
+    refusal = call("fuse", weights[0], tmp_path / "out.h5", code=1).stderr
+    assert refusal.startswith("error: `target` must end in .keras. Received: ")
 
 
 def test_usage_and_traces(weights):

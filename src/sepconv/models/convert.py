@@ -181,8 +181,9 @@ def fuse_file(
         ValueError: `source` holds no model or is damaged, or as `sepconv.fuse`.
     """
     source, target = Path(source), Path(target)
-    if check_target(target, overwrite=overwrite) != ".keras":
+    if target.suffix.lower() != ".keras":
         raise ValueError(f"`target` must end in .keras. Received: {target}")
+    check_target(target, overwrite=overwrite)
     if not holds_model(source):
         raise ValueError(f"{source}: holds tensors and no model")
     model, report = fuse(

@@ -65,8 +65,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Array]:
     if reader is None or path.is_dir():
         raise ValueError(
             f"{path}: not a file of tensors that is known: a checkpoint of TensorFlow, "
-            f"{', '.join(_READERS)}"
+            f"{', '.join(_READERS)}; nor one of a model: .keras, .h5, .hdf5"
         )
+    if not path.is_file():  # A pipe or a device may have no end.
+        raise ValueError(f"{path}: not a file")
     return reader(path)
 
 
