@@ -407,6 +407,19 @@ def test_layers_of_ours_take_what_is_around_them_for_inference():
     assert not report.candidates
 
 
+def test_what_a_layer_of_ours_took_in_comes_back_once():
+    layer = SeparableConv2d(4, 4, 3, padding=((0, 1), (1, 1)), bias=False)
+    model = nn.Sequential(nn.SiLU(), nn.ZeroPad2d(2), layer, nn.BatchNorm2d(4), nn.SiLU())
+    model = warmed(model).eval()
+    x = torch.randn(2, 4, 9, 9)
+    new, report = fuse(model, inference=True, inputs=x)
+    assert report.swapped[0].absorbed == ("3", "4", "1", "0")
+    is_close(new(x), model(x))
+    stock = to_stock(new)
+    assert [type(m) for m in stock[2]] == [nn.ZeroPad2d, nn.Conv2d, nn.Conv2d]
+    is_close(stock(x), model(x))
+
+
 class TwoConsumers(SeparableConv):
     def forward(self, x):
         u = self.conv1(x)

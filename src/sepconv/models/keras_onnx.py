@@ -198,14 +198,9 @@ def _separable(network: _Network, call: Call, name: str) -> None:
     sizes = _sizes(call.inputs[0], layer.data_format)
     value = network.nodes.separable(x, weights, spec, sizes, f"{name}/")
     if _fused_name(layer.activation) is None:
-        value = _function(
-            network,
-            layer.activation,
-            value,
-            f"{name}/activated",
-            is_first=_is_last(layer.data_format),
-        )
-    network.set_image(call.outputs[0], value, layer.data_format)
+        _set_activated(network, call, value, name)
+    else:
+        network.set_image(call.outputs[0], value, layer.data_format)
 
 
 def _convolution(network: _Network, call: Call, name: str) -> None:
@@ -227,14 +222,7 @@ def _convolution(network: _Network, call: Call, name: str) -> None:
         group=kernel.shape[2] if is_depthwise else layer.groups,
         **window(spec, kernel.shape[:2], _sizes(call.inputs[0], layer.data_format)),
     )
-    value = _function(
-        network,
-        layer.activation,
-        value,
-        f"{name}/activated",
-        is_first=_is_last(layer.data_format),
-    )
-    network.set_image(call.outputs[0], value, layer.data_format)
+    _set_activated(network, call, value, name)
 
 
 def _transposed_convolution(network: _Network, call: Call, name: str) -> None:
@@ -260,14 +248,7 @@ def _transposed_convolution(network: _Network, call: Call, name: str) -> None:
         pads=[before for before, _, _ in ends] + [after for _, after, _ in ends],
         output_padding=[more for _, _, more in ends],
     )
-    value = _function(
-        network,
-        layer.activation,
-        value,
-        f"{name}/activated",
-        is_first=_is_last(layer.data_format),
-    )
-    network.set_image(call.outputs[0], value, layer.data_format)
+    _set_activated(network, call, value, name)
 
 
 def _transposed_ends(
@@ -287,6 +268,14 @@ def _transposed_ends(
     before = min(total - total // 2, reach - 1)
     after = reach - 1 - (total - before)
     return reach - 1 - before, max(after, 0), max(-after, 0)
+
+
+def _set_activated(network: _Network, call: Call, value: str, name: str) -> None:
+    """Ends a convolution: its activation, and the output of its call."""
+    layer = call.operation
+    is_first = _is_last(layer.data_format)
+    value = _function(network, layer.activation, value, f"{name}/activated", is_first=is_first)
+    network.set_image(call.outputs[0], value, layer.data_format)
 
 
 def _pooling(operator: str) -> Callable[[_Network, Call, str], None]:

@@ -83,9 +83,13 @@ def called_as_traced(model: nn.Module) -> tuple[dict[str, bool], list[Any]]:
     answers: dict[str, bool] = {}
     hooks = []
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.") or hooked(module):
+        kind, _ = _written(type(module))
+        if kind.__module__.startswith("torch.") or hooked(module) or not _is_copied_plainly(kind):
             continue
-        signature, defaults = inspect.signature(module.forward), defaults_of(module)
+        try:
+            signature, defaults = inspect.signature(module.forward), defaults_of(module)
+        except (TypeError, ValueError):  # Not written in Python.
+            continue
         if not all(isinstance(each, _CONSTANTS) for each in defaults.values()):
             continue
 
@@ -139,7 +143,7 @@ def rewrite(owner: nn.Module, modules: Mapping[int, nn.Module]) -> list[str]:
         name: _Imported(value.__name__) if isinstance(value, types.ModuleType) else value
         for name, value in code.globals.items()
     }
-    kind, before = vars(type(owner)).get("_sepconv_written", (type(owner), []))
+    kind, before = _written(type(owner))
     owner.__class__ = _class(kind, code.src, names, [*before, *words])
     return words
 
@@ -150,12 +154,23 @@ def restore(owner: nn.Module) -> None:
     Args:
         owner: The module, which loses the modules in place of calls.
     """
-    written = vars(type(owner)).get("_sepconv_written")
-    if written is not None:
-        kind, words = written
-        for word in words:
-            delattr(owner, word)
+    kind, words = _written(type(owner))
+    for word in words:
+        delattr(owner, word)
+    if words:
         owner.__class__ = kind
+
+
+def _written(kind: type) -> tuple[Any, list[str]]:
+    """The class that a class of `rewrite` is of, and the modules in place of calls; else itself."""
+    written: tuple[Any, list[str]] = vars(kind).get("_sepconv_written", (kind, []))
+    return written
+
+
+def _is_copied_plainly(kind: Any) -> bool:
+    """Whether copies and pickles of modules ask their class nothing, so that another one may be."""
+    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    return plain and not hasattr(kind, "__deepcopy__")
 
 
 class _Imported(NamedTuple):

@@ -152,57 +152,64 @@ def to_stock(model: nn.Module) -> nn.Module:
         ValueError: the model cannot be copied, or a layer pads as no convolution of torch does.
     """
     new = _copied(model)
-    paddings = {
-        id(each.source[0]): each.amounts
-        for each in new.modules()
-        if isinstance(each, Absorbed) and each.source[1] == "padding"
-    }
+    # What the layers took in, also out of the code of others, which is to be that which it was.
+    placed: dict[int, dict[str, Absorbed]] = {}
+    for module in new.modules():
+        if isinstance(module, Absorbed):
+            layer, role = module.source
+            placed.setdefault(id(layer), {})[role] = module
     for module in new.modules():
         restore(module)
-    modules = list(new.modules())
-    absorbed = [module for module in modules if isinstance(module, Absorbed)]
-    paired = {id(each.source[0]) for each in absorbed if each.source[1] == "pointwise"}
     stock: dict[int, nn.Module] = {}
     pointwise: dict[int, nn.Module] = {}
-    for layer in modules:
-        if not isinstance(layer, SeparableConv2d):
-            continue
-        amounts = paddings.get(id(layer), _NONE)
-        if id(layer) in paired:
-            stock[id(layer)], pointwise[id(layer)] = _pair(layer, amounts)
-            continue
-        if not isinstance(layer.padding, str) and any(a != b for a, b in layer.padding):
-            amounts = layer.padding
-        conv_dw, conv_pw = _pair(layer, amounts)
-        stages = [
-            _activation_module(layer.input_activation),
-            _padding_module(amounts),
-            conv_dw,
-            _activation_module(layer.depthwise_activation),
-            conv_pw,
-            _activation_module(layer.activation),
-        ]
-        stock[id(layer)] = nn.Sequential(
-            *(stage for stage in stages if not isinstance(stage, nn.Identity))
-        )
-    for module in absorbed:
-        layer, role = module.source
-        if role == "pointwise":
-            stock[id(module)] = pointwise[id(layer)]
-        elif role == "padding":
-            stock[id(module)] = _padding_module(module.amounts)
-        else:
-            stock[id(module)] = _activation_module(getattr(layer, role, _LINEAR))
+    for module in new.modules():
+        if isinstance(module, SeparableConv2d):
+            stages, pointwise[id(module)] = _stages(module, placed.get(id(module), {}))
+            stock[id(module)] = stages[0] if len(stages) == 1 else nn.Sequential(*stages)
+    for module in new.modules():
+        if isinstance(module, Absorbed):
+            layer, role = module.source
+            if role == "pointwise":
+                stock[id(module)] = pointwise[id(layer)]
+            elif role == "padding":
+                stock[id(module)] = _padding_module(module.amounts)
+            else:
+                stock[id(module)] = _activation_module(getattr(layer, role, _LINEAR))
     return replaced(new, stock)
 
 
-def _pair(layer: SeparableConv2d, amounts: tuple[Pair, Pair]) -> tuple[nn.Conv2d, nn.Conv2d]:
-    """The two convolutions, without some of the padding."""
-    if amounts != _NONE:
-        own: Any = layer.padding
-        layer = copy.copy(layer)
-        layer.padding = _sum(own, amounts, -1)
-    return layer.to_pair()
+def _stages(
+    layer: SeparableConv2d, placed: dict[str, Absorbed]
+) -> tuple[list[nn.Module], nn.Module]:
+    """The modules of torch in place of a layer, without those placed elsewhere; the last one too.
+
+    Args:
+        layer: Of ours.
+        placed: What stands in the model for its other parts, by role.
+    """
+    taken = placed["padding"].amounts if "padding" in placed else _NONE
+    added = _NONE
+    bare = copy.copy(layer)
+    if not isinstance(layer.padding, str):
+        rows, columns = _sum(layer.padding, taken, -1)
+        if rows[0] != rows[1] or columns[0] != columns[1]:
+            added, rows, columns = (rows, columns), *_NONE
+        bare.padding = (rows, columns)
+    conv_dw, conv_pw = bare.to_pair()
+    stages = {
+        "input_activation": _activation_module(layer.input_activation),
+        "padding": _padding_module(added),
+        "depthwise": conv_dw,
+        "depthwise_activation": _activation_module(layer.depthwise_activation),
+        "pointwise": conv_pw,
+        "activation": _activation_module(layer.activation),
+    }
+    here = [
+        stage
+        for role, stage in stages.items()
+        if (role == "padding" or role not in placed) and not isinstance(stage, nn.Identity)
+    ]
+    return here, conv_pw
 
 
 def _sum(one: tuple[Pair, Pair], other: tuple[Pair, Pair], sign: int = 1) -> tuple[Pair, Pair]:

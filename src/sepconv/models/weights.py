@@ -116,11 +116,7 @@ def pointwise_to_torch(kernel: Array) -> Array:
         >>> pointwise_to_torch(np.ones((1, 1, 8, 5))).shape
         (5, 8, 1, 1)
     """
-    kernel = _checked("kernel", kernel, _POINTWISE)
-    if kernel.shape[:2] != (1, 1):
-        raise ValueError(
-            f"`kernel` must have the shape {_POINTWISE}. Received: kernel.shape={kernel.shape}"
-        )
+    kernel = _checked("kernel", kernel, _POINTWISE, ones=(0, 1))
     return np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
 
 
@@ -141,21 +137,21 @@ def pointwise_from_torch(weight: Array) -> Array:
         >>> pointwise_from_torch(np.ones((5, 8, 1, 1))).shape
         (1, 1, 8, 5)
     """
-    weight = _checked("weight", weight, _POINTWISE_TORCH)
-    if weight.shape[2:] != (1, 1):
-        raise ValueError(
-            f"`weight` must have the shape {_POINTWISE_TORCH}. "
-            f"Received: weight.shape={weight.shape}"
-        )
+    weight = _checked("weight", weight, _POINTWISE_TORCH, ones=(2, 3))
     return np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
 
 
-def _checked(argument: str, array: Any, words: str) -> Array:
+def _checked(argument: str, array: Any, words: str, ones: Sequence[int] = ()) -> Array:
+    """The array, if it has four positive sizes, some of them 1."""
     checked: Array = np.asarray(array)
     if checked.ndim != 4 or 0 in checked.shape:
         raise ValueError(
             f"`{argument}` must have four positive sizes, {words}. "
             f"Received: {argument}.shape={checked.shape}"
+        )
+    if any(checked.shape[axis] != 1 for axis in ones):
+        raise ValueError(
+            f"`{argument}` must have the shape {words}. Received: {argument}.shape={checked.shape}"
         )
     return checked
 
