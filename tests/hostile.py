@@ -114,6 +114,27 @@ def legacy_input(size: int) -> dict[str, Any]:
     return layer("InputLayer", name="x", batch_input_shape=[None, size])
 
 
+def without_root(path: Path) -> None:
+    """A model whose root group has a header of zeros, which HDF5 does not look at when it opens."""
+    legacy(model())(path)
+    data = bytearray(path.read_bytes())
+    header = struct.unpack_from("<Q", data, 64)[0] + 9
+    data[header : header + 8] = bytes(8)
+    path.write_bytes(data)
+
+
+def attribute_without_text(path: Path) -> None:
+    """A model with an attribute whose name is no text."""
+    legacy(model())(path)
+    with h5py.File(path, "a") as file:
+        h5py.h5a.create(
+            file["model_weights"].id,
+            b"\xff\xfe",
+            h5py.h5t.NATIVE_INT8,
+            h5py.h5s.create_simple((1,)),
+        )
+
+
 def truncated(write: Any, kept: int) -> Any:
     def cut(path: Path) -> None:
         write(path)
@@ -181,6 +202,8 @@ KERAS_2 = [
      "Layer count mismatch"),
     ("an empty file", raw(b""), "not an HDF5 file, or truncated"),
     ("the first 200 bytes", truncated(legacy(model()), 200), "not an HDF5 file, or truncated"),
+    ("a root group that cannot be read", without_root, "not an HDF5 file, or truncated"),
+    ("an attribute whose name is no text", attribute_without_text, "the name of an attribute"),
 ]  # fmt: skip
 
 

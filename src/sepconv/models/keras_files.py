@@ -68,7 +68,7 @@ def has_model(path: Path) -> bool:
     if path.suffix.lower() == ".keras":
         return True
     with _hdf5(path, path) as file:
-        return "model_config" in file.attrs
+        return _has_attribute(path, file, "model_config")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -84,9 +84,8 @@ def read_config(path: Path) -> dict[str, Any]:
     else:
         with _hdf5(path, path) as file:
             text = _text_attribute(path, file, "model_config")
-            version = (
-                _attribute(path, file, "keras_version") if "keras_version" in file.attrs else ""
-            )
+            has_version = _has_attribute(path, file, "keras_version")
+            version = _attribute(path, file, "keras_version") if has_version else ""
     version = version.decode(errors="replace") if isinstance(version, bytes) else str(version)
     config = _parsed(path, text)
     is_old = version.split(".")[0] in ("", "1", "2")
@@ -430,7 +429,7 @@ def _write_hdf5(path: Path, folder: Path, config: dict[str, Any]) -> tuple[Path,
 
 
 def _text_attribute(path: Path, file: Any, name: str) -> str | bytes:
-    if name not in file.attrs:
+    if not _has_attribute(path, file, name):
         raise ValueError(f"{path}: the file holds no model: it has no {name}")
     value = _attribute(path, file, name)
     if not isinstance(value, str | bytes):
@@ -438,7 +437,16 @@ def _text_attribute(path: Path, file: Any, name: str) -> str | bytes:
     return value
 
 
-def _attribute(path: Path, node: Any, name: str) -> Any:
+def _has_attribute(path: Path, node: Any, name: str) -> bool:
+    try:
+        return name in node.attrs
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: not an HDF5 file, or truncated: {error}") from error
+
+
+def _attribute(path: Path, node: Any, name: str | bytes) -> Any:
+    if isinstance(name, bytes):  # What h5py makes of a name that is not text.
+        raise ValueError(f"{path}: the name of an attribute is not text: {name!r}")
     try:
         described = h5py.h5a.open(node.id, name.encode())
         # HDF5 reports the size 0 of an empty list as an error.
