@@ -487,9 +487,13 @@ def test_the_problems_above_do_use_threads():
 
 
 def run_python(code: str) -> None:
-    """Runs code in a process of its own, beside the tests, and waits for a clean end."""
+    """Runs code in a process of its own, beside the tests, and waits for a clean end.
+
+    A child that waits for threads which it does not have would wait for ever.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
+    command = [sys.executable, "-W", "error", "-c", code]
+    subprocess.run(command, env=environment, check=True, timeout=600)
 
 
 @pytest.mark.usefixtures("restore_threads")
