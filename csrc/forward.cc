@@ -179,10 +179,8 @@ class ForwardLoop {
       const int64_t tile = task / parts_, part = task % parts_;
       const int64_t begin = tile * tile_pixels_, end = std::min(p_.pixels, begin + tile_pixels_);
       Depthwise(begin, end, scratch);
-      // Where the threads go on side by side, the next tile but the others'.
-      const Stretch fetch = NewRows((task + parts_) / parts_ * tile_pixels_);
       Pointwise(begin, end, panels_.count() * part / parts_, panels_.count() * (part + 1) / parts_,
-                fetch, scratch);
+                NewRows(end), scratch);
       if (streams_) StreamsArrive();
     });
     if (!pairs_) return true;

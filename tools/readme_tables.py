@@ -29,9 +29,11 @@ PEERS = {
     "openvino": "OpenVINO",
 }
 SENTENCES = {
-    "inference": "Inference: microseconds of `sepconv.numpy`, its share of the FMA peak, and how "
-    "many times as long\nothers take (torch: two `Conv2d` in channels_last):",
-    "training": "Training step, that is forward and all four gradients, likewise:",
+    "inference": "Inference: microseconds of a layer that `sepconv.numpy.prepare` made, its share "
+    "of the FMA peak,\nand how many times as long others take (torch: two `Conv2d` in "
+    "channels_last):",
+    "training": "Training step of `sepconv.numpy`, that is forward and all four gradients, "
+    "likewise:",
 }
 
 
