@@ -337,7 +337,15 @@ def test_a_bad_argument_is_named(changes, exception, start, end):
 
 
 @pytest.mark.parametrize(
-    "module", ["sepconv", "sepconv.spec", "sepconv.backends", "sepconv.numpy", "sepconv.reference"]
+    "module",
+    [
+        "sepconv",
+        "sepconv.spec",
+        "sepconv.plans",
+        "sepconv.backends",
+        "sepconv.numpy",
+        "sepconv.reference",
+    ],
 )
 def test_examples_in_docstrings_run(module):
     results = doctest.testmod(importlib.import_module(module))

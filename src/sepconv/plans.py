@@ -376,7 +376,7 @@ def explain(
         >>> explanation.why_not is None
         True
         >>> explanation.forward_work.flops
-        387417576
+        387378992
     """
     _bytes_of(dtype)
     height, width = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size

@@ -59,7 +59,7 @@ _TENSORFLOW = (
     "name a Python that has TensorFlow by --tensorflow-python or SEPCONV_ORACLE_PYTHON "
     "(pip install tensorflow-cpu)"
 )
-_PAIR = "two convolutions, eager, under inference_mode or autograd"
+_PAIR = "two convolutions, eager, under inference_mode or autograd, large pages"
 
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(
@@ -80,7 +80,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         "torch",
         ("torch",),
         _OURS.format("torch"),
-        "the module, channels_last tensors",
+        "the module, channels_last tensors; large pages (THP_MEM_ALLOC_ENABLE=1)",
         ours=True,
     ),
     Candidate(
