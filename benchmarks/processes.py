@@ -166,9 +166,10 @@ def work(options: argparse.Namespace) -> None:
     if task["engine"] == "torch" and task["processes"] > 1:
         import torch.distributed
 
-        # Behind the last exchange, or a thread of gloo lets go of a tensor while Python ends.
+        # A thread of torch may let go of a tensor while Python ends, which aborts the process.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        os._exit(0)
 
 
 def run(options: argparse.Namespace, engine: str, kind: str, processes: int) -> list[float]:

@@ -1172,7 +1172,7 @@ def test_training_follows_the_pair(foreach):
 # ---------------------------------------------------------------------------- threads and processes
 
 PROCESSES = """
-import sys, warnings
+import os, sys, warnings
 warnings.simplefilter("error")
 import torch
 from torch import nn
@@ -1213,10 +1213,10 @@ def train(rank, size, path):
         for p, gradient in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
             assert p.grad.stride() == p.stride()
-    # Behind the last exchange: see `leave` in test_scale_out.py.
+    # See `leave` in test_scale_out.py.
     torch.distributed.barrier()
-    del parallel
     torch.distributed.destroy_process_group()
+    os._exit(0)
 
 if __name__ == "__main__":
     if sys.argv[1] == "workers":

@@ -94,7 +94,7 @@ def separable_conv2d(
         >>> separable_conv2d(x, depthwise_kernel, pointwise_kernel, strides=2, padding="same").shape
         (1, 2, 2, 2)
     """
-    x, arrays, plan = _prepare(
+    x, arrays, plan = _resolved(
         x,
         depthwise_kernel,
         pointwise_kernel,
@@ -326,7 +326,7 @@ def separable_conv2d_grad(
         >>> d_pointwise_kernel.item(), d_bias is None
         (64.0, True)
     """
-    x, arrays, plan = _prepare(
+    x, arrays, plan = _resolved(
         x,
         depthwise_kernel,
         pointwise_kernel,
@@ -384,7 +384,7 @@ class _Plan(NamedTuple):
 _DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 
-def _prepare(
+def _resolved(
     x: Array,
     depthwise_kernel: Array,
     pointwise_kernel: Array,
