@@ -25,11 +25,12 @@ int64_t TilePixels(const Problem<S>& p) {
   const int64_t budget = kForwardTileBytes - p.depth * columns * element;
   const bool narrow = p.filters <= 2 * columns;
   int64_t pixels = (narrow ? std::min(budget, kForwardNarrowTileBytes) : budget) / pixel_bytes;
+  pixels = std::max(pixels, kForwardRegisterTiles * p.kernels.rows);
   if (narrow && p.slide_rows * width * pixel_bytes <= budget)
     pixels = std::max(pixels, p.slide_rows * width);
   if (const int64_t rows = pixels / width; rows > 0)
     return (rows < p.slide_rows ? rows : rows / p.slide_rows * p.slide_rows) * width;
-  return std::clamp(pixels, p.kernels.rows, kForwardMaxPixels);
+  return std::min(pixels, kForwardMaxPixels);
 }
 
 template <typename S>
@@ -70,7 +71,7 @@ class ForwardLoop {
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
     // Several threads share such a layer by its filters, each with a depthwise output of its own.
-    const bool whole = !in_place && p_.pixels * depth_stride_ * element <= kForwardWholeBytes &&
+    const bool whole = !in_place && p_.pixels * depth_stride_ * element <= p_.kernels.whole_bytes &&
                        p_.depth * p_.filters * element > kForwardWholeWeightBytes &&
                        (threads_ == 1 || p_.pixels * taps < p_.filters);
     packs_in_time_ = !kept_ && (whole || (!in_place && threads_ == 1));

@@ -947,6 +947,7 @@ constexpr Kernels<T> MakeKernels() {
           kTuning.micro_rows[kTuning.micro_vectors - 1],
           kTuning.micro_vectors * kLanes<T>,
           {kTuning.slide_rows[0], kTuning.slide_rows[1]},
+          kTuning.whole_kilobytes * int64_t{1024},
           Gemm<T>,
           MakeDepthwise<T>(),
           DepthwiseGradient<T>,

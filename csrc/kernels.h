@@ -139,6 +139,7 @@ template <typename T>
 struct Kernels {
   int64_t lanes, rows, columns;  // of the widest micro-kernel tile
   int64_t slide_rows[2];         // of a window of 3, and of a wider one
+  int64_t whole_bytes;           // of depthwise output that stay near beside one weight panel
   void (*gemm)(const GemmArgs<T>&);
   DepthwiseKernels<T> depthwise;
   void (*depthwise_gradient)(const DepthwiseGradientArgs<T>&);
