@@ -1,6 +1,5 @@
 #include "packed.h"
 
-#include <array>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -46,12 +45,6 @@ PackedPointwise* Pack(const void* data, int64_t depth, int64_t filters, DType dt
   return nullptr;
 }
 
-// Elements of each of the weights, absent ones included.
-std::array<int64_t, 4> SizesOfWeights(const Geometry& g) {
-  const int64_t depth = g.depthwise_channels();
-  return {g.kernel_height * g.kernel_width * depth, depth * g.out_channels, depth, g.out_channels};
-}
-
 }  // namespace
 
 struct PackedWeights {
@@ -64,9 +57,13 @@ struct PackedWeights {
 
 std::shared_ptr<const PackedWeights> PackWeights(const Geometry& geometry, DType dtype,
                                                  const ForwardArgs& weights) {
-  const std::array<int64_t, 4> sizes = SizesOfWeights(geometry);
-  int64_t bytes = 0;
-  for (const int64_t size : sizes) bytes += RoundUp(size * ElementSize(dtype), kBufferAlignment);
+  Sizes sizes;
+  Validate(geometry, dtype, &sizes);
+  const auto bytes_of = [&](int64_t size) {
+    return RoundUp(size * ElementSize(dtype), kBufferAlignment);
+  };
+  const int64_t bytes = bytes_of(sizes.depthwise_kernel) + bytes_of(sizes.pointwise_kernel) +
+                        bytes_of(sizes.depthwise_bias) + bytes_of(sizes.bias);
   // Not by make_shared, which would have to move the memory.
   std::shared_ptr<PackedWeights> packed(
       new PackedWeights{geometry, dtype, Buffer(bytes), ForwardArgs(), nullptr});
@@ -75,14 +72,14 @@ std::shared_ptr<const PackedWeights> PackWeights(const Geometry& geometry, DType
     if (!from) return nullptr;
     const char* begin = to;
     std::memcpy(to, from, static_cast<size_t>(size * ElementSize(dtype)));
-    to += RoundUp(size * ElementSize(dtype), kBufferAlignment);
+    to += bytes_of(size);
     return begin;
   };
   ForwardArgs& args = packed->args;
-  args.depthwise_kernel = copy(weights.depthwise_kernel, sizes[0]);
-  args.pointwise_kernel = copy(weights.pointwise_kernel, sizes[1]);
-  args.depthwise_bias = copy(weights.depthwise_bias, sizes[2]);
-  args.bias = copy(weights.bias, sizes[3]);
+  args.depthwise_kernel = copy(weights.depthwise_kernel, sizes.depthwise_kernel);
+  args.pointwise_kernel = copy(weights.pointwise_kernel, sizes.pointwise_kernel);
+  args.depthwise_bias = copy(weights.depthwise_bias, sizes.depthwise_bias);
+  args.bias = copy(weights.bias, sizes.bias);
   packed->pointwise.reset(
       Pack(args.pointwise_kernel, geometry.depthwise_channels(), geometry.out_channels, dtype));
   args.packed = packed->pointwise.get();

@@ -199,6 +199,17 @@ class CallArrays {
     return OptionalInput(name, value, size);
   }
 
+  // The weights of a call, forward or backward.
+  template <typename Args>
+  void ReadWeights(nb::handle depthwise_kernel, nb::handle pointwise_kernel,
+                   nb::handle depthwise_bias, nb::handle bias, Args& args) {
+    args.depthwise_kernel = Input("depthwise_kernel", depthwise_kernel, sizes_.depthwise_kernel);
+    args.pointwise_kernel = Input("pointwise_kernel", pointwise_kernel, sizes_.pointwise_kernel);
+    args.depthwise_bias =
+        Bias("depthwise_bias", depthwise_bias, geometry_.has_depthwise_bias, sizes_.depthwise_bias);
+    args.bias = Bias("bias", bias, geometry_.has_bias, sizes_.bias);
+  }
+
   void* Output(const char* name, nb::handle value, int64_t size) {
     const View view = Import<WritableArray>(name, value);
     CheckElements(name, view, size);
@@ -345,13 +356,7 @@ void PyForward(nb::handle geometry, nb::handle x, nb::handle depthwise_kernel,
   const Sizes& sizes = arrays.sizes();
   ForwardArgs args;
   args.x = arrays.Input("x", x, sizes.x);
-  args.depthwise_kernel =
-      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
-  args.pointwise_kernel =
-      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
-  args.depthwise_bias =
-      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
-  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  arrays.ReadWeights(depthwise_kernel, pointwise_kernel, depthwise_bias, bias, args);
   args.y = arrays.Output("y", y, sizes.y);
   const ReleasedGil released;
   Forward(g, arrays.dtype(), args);
@@ -369,13 +374,7 @@ PyPackedWeights PyPack(nb::handle geometry, nb::handle depthwise_kernel,
   const Geometry& g = arrays.geometry();
   const Sizes& sizes = arrays.sizes();
   ForwardArgs args = {};
-  args.depthwise_kernel =
-      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
-  args.pointwise_kernel =
-      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
-  args.depthwise_bias =
-      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
-  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  arrays.ReadWeights(depthwise_kernel, pointwise_kernel, depthwise_bias, bias, args);
   const ReleasedGil released;
   return {PackWeights(g, arrays.dtype(), args)};
 }
@@ -406,13 +405,7 @@ void PyBackward(nb::handle geometry, nb::handle dy, nb::handle x, nb::handle dep
   BackwardArgs args;
   args.dy = arrays.Input("dy", dy, sizes.y);
   args.x = arrays.Input("x", x, sizes.x);
-  args.depthwise_kernel =
-      arrays.Input("depthwise_kernel", depthwise_kernel, sizes.depthwise_kernel);
-  args.pointwise_kernel =
-      arrays.Input("pointwise_kernel", pointwise_kernel, sizes.pointwise_kernel);
-  args.depthwise_bias =
-      arrays.Bias("depthwise_bias", depthwise_bias, g.has_depthwise_bias, sizes.depthwise_bias);
-  args.bias = arrays.Bias("bias", bias, g.has_bias, sizes.bias);
+  arrays.ReadWeights(depthwise_kernel, pointwise_kernel, depthwise_bias, bias, args);
   args.y = arrays.OptionalInput("y", y, sizes.y);
   args.dx = arrays.OptionalOutput("dx", dx, sizes.x);
   args.d_depthwise_kernel =

@@ -124,13 +124,14 @@ class PreparedSeparableConv2D:
     to the bit.
     """
 
-    __slots__ = ("_dtype", "_key", "_plans", "_weights")
+    __slots__ = ("_dtype", "_plan_of", "_weights")
 
-    def __init__(self, dtype: np.dtype[Any], weights: Any, key: tuple[Any, ...]) -> None:
+    def __init__(
+        self, dtype: np.dtype[Any], weights: Any, plan_of: Callable[[Shape], _Plan]
+    ) -> None:
         self._dtype = dtype
         self._weights = weights
-        self._key = key
-        self._plans: dict[Shape, _Plan] = {}  # Of the last few shapes of images.
+        self._plan_of = functools.lru_cache(maxsize=64)(plan_of)
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Computes the convolution of `x`.
@@ -147,12 +148,11 @@ class PreparedSeparableConv2D:
             TypeError: another dtype than that of the weights, or something that is no array.
             ValueError: a shape is out of range, or `out` is not as `separable_conv2d` says.
         """
-        if type(x) is not np.ndarray or not x.flags.carray:
-            x = _dense(x)
+        x = _dense(x)
         dtype = self._dtype
         if x.dtype != dtype:
             _raise_dtypes_differ("x", x, dtype, "depthwise_kernel")
-        plan = self._plans.get(x.shape) or self._plan_of(x.shape)
+        plan = self._plan_of(x.shape)
         y = _empty(plan, dtype) if out is None else _checked_out(out, plan, x)
         if plan.storage is None:
             plan.forward_packed(plan.geometry, x, self._weights, y)
@@ -161,13 +161,6 @@ class PreparedSeparableConv2D:
                 plan.geometry, x.view(plan.storage), self._weights, y.view(plan.storage)
             )
         return y
-
-    def _plan_of(self, shape: Shape) -> _Plan:
-        plan = _plan_cached(self._dtype, shape, *self._key)
-        if len(self._plans) >= _SHAPES_KEPT:
-            self._plans.clear()
-        self._plans[shape] = plan
-        return plan
 
 
 def prepare(
@@ -260,7 +253,7 @@ def prepare(
     if plan.storage is not None:
         operands = _views(plan.storage, *operands)
     weights = plan.pack(plan.geometry, *operands, plan.dtype_code)
-    return PreparedSeparableConv2D(dtype, weights, key)
+    return PreparedSeparableConv2D(dtype, weights, lambda shape: _plan(dtype, shape, *key))
 
 
 def separable_conv2d_grad(
@@ -497,8 +490,6 @@ def _dense(array: Any) -> Array:
         return array
     return np.require(array, requirements=("C", "A", "E"))
 
-
-_SHAPES_KEPT = 64
 
 # From here on the microsecond that alignment takes is less than it saves.
 _LARGE = 1 << 16

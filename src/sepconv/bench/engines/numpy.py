@@ -46,12 +46,6 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
     weights = [cast(weight) for weight in problem.weights]
     inputs = itertools.cycle([(cast(problem.x), cast(problem.dy)) for _ in range(copies)])
 
-    layer = door.prepare(*weights, **keywords)
-    out = cast(np.empty(problem.geometry.y_shape))
-
-    def prepared() -> list[Any]:
-        return [layer(next(inputs)[0], out=out)]
-
     def forward() -> list[Any]:
         return [door.separable_conv2d(next(inputs)[0], *weights, **keywords)]
 
@@ -62,4 +56,8 @@ def prepare(name: str, problem: Problem, mode: str, copies: int, threads: int) -
 
     if mode != MODES[0]:
         return Ready(training, list)
-    return Ready(prepared if name.endswith("prepared") else forward, list)
+    if not name.endswith("prepared"):
+        return Ready(forward, list)
+    layer = door.prepare(*weights, **keywords)
+    out = cast(np.empty(problem.geometry.y_shape))
+    return Ready(lambda: [layer(next(inputs)[0], out=out)], list)
