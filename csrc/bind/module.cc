@@ -371,12 +371,10 @@ PyPackedWeights PyPack(nb::handle geometry, nb::handle depthwise_kernel,
                        nb::handle pointwise_kernel, nb::handle depthwise_bias, nb::handle bias,
                        int64_t dtype) {
   CallArrays arrays(geometry, "depthwise_kernel", depthwise_kernel, dtype);
-  const Geometry& g = arrays.geometry();
-  const Sizes& sizes = arrays.sizes();
   ForwardArgs args = {};
   arrays.ReadWeights(depthwise_kernel, pointwise_kernel, depthwise_bias, bias, args);
   const ReleasedGil released;
-  return {PackWeights(g, arrays.dtype(), args)};
+  return {PackWeights(arrays.geometry(), arrays.dtype(), args)};
 }
 
 void PyForwardPacked(nb::handle geometry, nb::handle x, const PyPackedWeights& packed,
