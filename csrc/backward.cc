@@ -35,7 +35,8 @@ class BackwardLoop {
  public:
   using T = ComputeType<S>;
 
-  BackwardLoop(const Geometry& g, const BackwardArgs& args)
+  // `may_pair`: to multiply pairs of bfloat16 at once, where the target can.
+  BackwardLoop(const Geometry& g, const BackwardArgs& args, bool may_pair)
       : p_(g, args.x, args.depthwise_bias),
         weights_(p_, args.depthwise_kernel, args.depthwise_bias, args.bias),
         args_(args),
@@ -60,6 +61,13 @@ class BackwardLoop {
                 p_.filters % p_.kernels.lanes != 0;
     dx_in_place_ = p_.rows_in_place;
     windows_ = p_.slides_by_one && g.kernel_width <= p_.kernels.gradient_window;
+    // dz must be exact in bfloat16, and the pairs of a row of the pointwise kernel whole.
+    const bool exact = p_.activation() == Activation::kLinear ||
+                       (!recompute_slope_ && (p_.activation() == Activation::kRelu ||
+                                              p_.activation() == Activation::kRelu6));
+    if (std::is_same_v<S, BFloat16> && may_pair && exact && p_.filters % 2 == 0)
+      pairs_ = p_.target.pairs;
+    pair_dz_stride_ = p_.PairTileStride(p_.filters);
     PlanSlices();
     // Several slices read dz: computed once, if it is not too large.
     shares_dz_ = !dz_in_place_ && !recompute_slope_ && slices_ > 1 &&
@@ -86,71 +94,44 @@ class BackwardLoop {
             {"chunk_pixels", chunk_pixels_},
             {"output_recomputed", recompute_slope_},
             {"output_gradient_in_place", dz_in_place_},
-            {"input_in_place", p_.rows_in_place}};
+            {"input_in_place", p_.rows_in_place},
+            {"dot_of_pairs", pairs_ != nullptr}};
   }
 
-  void Run() {
+  bool uses_pairs() const { return pairs_ != nullptr; }
+
+  int64_t ScratchBytes() const {
+    const Layout layout(*this);
+    return layout.shared.bytes() + threads_ * layout.own.bytes();
+  }
+
+  // False if the pairs have lost what floats keep, and the call must run again without them. That
+  // depends on the numbers alone, not on the threads.
+  bool Run(char* memory) {
     const Geometry& g = p_.g;
     const int64_t taps = g.kernel_height * g.kernel_width;
-    sums_in_place_ = std::is_same_v<S, T> && slabs_ == 1;
-
-    Layout64 shared;
-    // A slice that one task alone reads is packed by that task, and stays in its cache.
-    const bool packs_in_time = slabs_ == 1;
-    const int64_t packed_at =
-        shared.Add(packs_in_time ? 0 : slices_ * packed_slice_elements_, sizeof(T));
-    const int64_t dz_at =
-        shared.Add(recompute_slope_ || shares_dz_ ? p_.pixels * dz_stride_ : 0, sizeof(T));
-    const int64_t partial = sums_in_place_ ? 0 : p_.depth * (taps + p_.filters + 1) + p_.filters;
-    const int64_t partials_at = shared.Add(slabs_ * partial, sizeof(T));
-    const int64_t cuts = dx_ && edge_rows_ > 0 ? g.batch * (bands_ - 1) : 0;
-    const int64_t edges_at =
-        shared.Add(cuts * slices_ * 2 * edge_rows_ * g.out_width * slice_stride_, sizeof(T));
-    Layout64 own;
-    const int64_t packed_slice_at = own.Add(packs_in_time ? packed_slice_elements_ : 0, sizeof(T));
-    const int64_t ring_at = own.Add(ring_pixels_ * slice_stride_, sizeof(T));
-    const int64_t tile_at = own.Add(chunk_pixels_ * slice_stride_, sizeof(T));
-    const int64_t dz_tile_at = own.Add(
-        dz_in_place_ || recompute_slope_ || shares_dz_ ? 0 : chunk_pixels_ * dz_stride_, sizeof(T));
-    const int64_t dz_panels_at = own.Add(2 * chunk_pixels_ * p_.kernels.columns, sizeof(T));
-    const int64_t y_rows_at =
-        own.Add(dz_in_place_ || recompute_slope_ ? 0 : kTransposeBlock * dz_stride_, sizeof(T));
-    const int64_t staged_at = own.Add(
-        InputRows<S>::StagedElements(p_, g.in_width, slice_channels_, staged_rows_), sizeof(T));
-    const int64_t staged_row_at = own.Add(staged_rows_, sizeof(int64_t));
-    const int64_t dx_rows_at =
-        own.Add(dx_in_place_ ? 0 : (p_.slide_rows + 1) * g.in_width * slice_stride_, sizeof(T));
-    const int64_t sources_at = own.Add(chunk_rows_ + g.kernel_height, sizeof(T*));
-    const int64_t rows_at = own.Add(g.kernel_height, sizeof(SourceRow<T>));
-    const int64_t taps_at = own.Add(taps, sizeof(Tap<T>));
-    const Buffer buffer(shared.bytes() + threads_ * own.bytes());
-    char* memory = buffer.As<char>();
-    T* packed = reinterpret_cast<T*>(memory + packed_at);
-    dz_ = reinterpret_cast<T*>(memory + dz_at);
-    edges_ = reinterpret_cast<T*>(memory + edges_at);
-
+    const Layout layout(*this);
+    T* packed = reinterpret_cast<T*>(memory + layout.packed_at);
+    dz_ = reinterpret_cast<T*>(memory + layout.dz_at);
+    pair_dz_ = reinterpret_cast<BFloat16*>(memory + layout.dz_at);
+    edges_ = reinterpret_cast<T*>(memory + layout.edges_at);
     const auto scratch_of = [&](int64_t worker) {
-      char* mine = memory + shared.bytes() + worker * own.bytes();
-      return Scratch{reinterpret_cast<T*>(mine + packed_slice_at),
-                     reinterpret_cast<T*>(mine + ring_at),
-                     reinterpret_cast<T*>(mine + tile_at),
-                     reinterpret_cast<T*>(mine + dz_tile_at),
-                     reinterpret_cast<T*>(mine + dz_panels_at),
-                     reinterpret_cast<T*>(mine + y_rows_at),
-                     reinterpret_cast<T*>(mine + staged_at),
-                     reinterpret_cast<int64_t*>(mine + staged_row_at),
-                     reinterpret_cast<T*>(mine + dx_rows_at),
-                     reinterpret_cast<const T**>(mine + sources_at),
-                     reinterpret_cast<SourceRow<T>*>(mine + rows_at),
-                     reinterpret_cast<Tap<T>*>(mine + taps_at)};
+      return ScratchOf(layout, memory + layout.shared.bytes() + worker * layout.own.bytes());
     };
+    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker)
+      *scratch_of(worker).least = LeastLanes();
     if (shares_dz_) {
-      ParallelFor(CeilDiv(p_.pixels, kBackwardPixels), threads_,
-                  [&](int64_t block, int64_t worker) {
-                    const int64_t begin = block * kBackwardPixels;
-                    ComputeOutputGradient(begin, std::min(p_.pixels - begin, kBackwardPixels),
-                                          dz_ + begin * dz_stride_, scratch_of(worker).y_rows);
-                  });
+      ParallelFor(
+          CeilDiv(p_.pixels, kBackwardPixels), threads_, [&](int64_t block, int64_t worker) {
+            const int64_t begin = block * kBackwardPixels;
+            const int64_t count = std::min(p_.pixels - begin, kBackwardPixels);
+            const Scratch scratch = scratch_of(worker);
+            if (pairs_) {
+              ComputePairGradient(begin, count, pair_dz_ + begin * pair_dz_stride_, scratch);
+            } else {
+              ComputeOutputGradient(begin, count, dz_ + begin * dz_stride_, scratch.y_rows);
+            }
+          });
     }
     if (recompute_slope_) {
       const ForwardArgs forward = {
@@ -158,21 +139,21 @@ class BackwardLoop {
           nullptr};
       RunForward<S>(g, forward, {dy_, dz_, dz_stride_});
     }
-    if (needs_depthwise_gradient() && !packs_in_time) {
-      ParallelFor(slices_, threads_, [&](int64_t slice, int64_t) {
-        PackSlice(slice, packed + slice * packed_slice_elements_);
+    if (needs_depthwise_gradient() && !packs_in_time()) {
+      ParallelFor(slices_, threads_, [&](int64_t slice, int64_t worker) {
+        PackSlice(slice, packed + slice * packed_slice_elements_, scratch_of(worker));
       });
     }
 
     std::vector<WeightSums<T>> sums(slabs_);
     for (int64_t slab = 0; slab < slabs_; ++slab) {
-      T* to = reinterpret_cast<T*>(memory + partials_at) + slab * partial;
+      T* to = reinterpret_cast<T*>(memory + layout.partials_at) + slab * layout.partial;
       sums[slab] = {args_.d_depthwise_kernel ? to : nullptr,
                     args_.d_pointwise_kernel ? to + taps * p_.depth : nullptr,
                     args_.d_depthwise_bias ? to + (taps + p_.filters) * p_.depth : nullptr,
                     args_.d_bias ? to + (taps + p_.filters + 1) * p_.depth : nullptr};
       if constexpr (std::is_same_v<S, T>) {
-        if (sums_in_place_) {
+        if (sums_in_place()) {
           sums[slab] = {static_cast<T*>(args_.d_depthwise_kernel),
                         static_cast<T*>(args_.d_pointwise_kernel),
                         static_cast<T*>(args_.d_depthwise_bias), static_cast<T*>(args_.d_bias)};
@@ -183,23 +164,96 @@ class BackwardLoop {
       const Scratch scratch = scratch_of(worker);
       const int64_t slice = task % slices_, slab = task / slices_;
       T* packed_slice =
-          packs_in_time ? scratch.packed_slice : packed + slice * packed_slice_elements_;
-      if (needs_depthwise_gradient() && packs_in_time) PackSlice(slice, packed_slice);
+          packs_in_time() ? scratch.packed_slice : packed + slice * packed_slice_elements_;
+      if (needs_depthwise_gradient() && packs_in_time()) PackSlice(slice, packed_slice, scratch);
       RunTask(slice, slab, packed_slice, sums[slab], scratch);
     });
-    ParallelFor(cuts * slices_, threads_, [&](int64_t task, int64_t worker) {
+    ParallelFor(cuts() * slices_, threads_, [&](int64_t task, int64_t worker) {
       RunEdge(task / slices_, task % slices_, scratch_of(worker));
     });
-    if (!sums_in_place_) {
+    if (!sums_in_place()) {
       AddSlabs(args_.d_depthwise_kernel, taps * p_.depth, sums, &WeightSums<T>::depthwise_kernel);
       AddSlabs(args_.d_pointwise_kernel, p_.depth * p_.filters, sums,
                &WeightSums<T>::pointwise_kernel);
       AddSlabs(args_.d_depthwise_bias, p_.depth, sums, &WeightSums<T>::depthwise_bias);
       AddSlabs(args_.d_bias, p_.filters, sums, &WeightSums<T>::bias);
     }
+    if (!pairs_) return true;
+    LeastOperands least;
+    for (int64_t worker = 0; worker < threads_; ++worker) least.Add(*scratch_of(worker).least);
+    return !least.MayFlush();
   }
 
  private:
+  // A slice that one task alone reads is packed by that task, and stays in its cache.
+  bool packs_in_time() const { return slabs_ == 1; }
+  bool sums_in_place() const { return std::is_same_v<S, T> && slabs_ == 1; }
+  // Between bands, over each of which rows of dx read dD.
+  int64_t cuts() const { return dx_ && edge_rows_ > 0 ? p_.g.batch * (bands_ - 1) : 0; }
+  // Depth of the products of pairs: of dz and the kernel, and of D and dz.
+  int64_t FilterPairs() const { return pairs_->Depth(p_.filters); }
+  int64_t PixelPairs(int64_t pixels) const { return pairs_->Depth(pixels); }
+
+  // Where things are in the scratch memory: of all threads, and of each.
+  struct Layout {
+    explicit Layout(const BackwardLoop& loop) {
+      const Problem<S>& p = loop.p_;
+      const Geometry& g = p.g;
+      const bool pairs = loop.pairs_ != nullptr;
+      const int64_t taps = g.kernel_height * g.kernel_width, stride = loop.slice_stride_;
+      const int64_t pixels = loop.chunk_pixels_, columns = p.kernels.columns;
+      packed_at = shared.Add(loop.packs_in_time() ? 0 : loop.slices_ * loop.packed_slice_elements_,
+                             sizeof(T));
+      // Products of pairs may read rows behind the last one.
+      dz_at = pairs ? shared.Add(loop.shares_dz_
+                                     ? (p.pixels + loop.pairs_->row_unit) * loop.pair_dz_stride_
+                                     : 0,
+                                 sizeof(BFloat16))
+                    : shared.Add(
+                          loop.recompute_slope_ || loop.shares_dz_ ? p.pixels * loop.dz_stride_ : 0,
+                          sizeof(T));
+      partial = loop.sums_in_place() ? 0 : p.depth * (taps + p.filters + 1) + p.filters;
+      partials_at = shared.Add(loop.slabs_ * partial, sizeof(T));
+      edges_at = shared.Add(loop.cuts() * loop.slices_ * 2 * loop.edge_rows_ * g.out_width * stride,
+                            sizeof(T));
+      packed_slice_at = own.Add(loop.packs_in_time() ? loop.packed_slice_elements_ : 0, sizeof(T));
+      ring_at = own.Add(loop.ring_pixels_ * stride, sizeof(T));
+      tile_at = own.Add(pixels * stride, sizeof(T));
+      const bool own_dz = !loop.dz_in_place_ && !loop.recompute_slope_ && !loop.shares_dz_;
+      dz_tile_at = own.Add(own_dz && !pairs ? pixels * loop.dz_stride_ : 0, sizeof(T));
+      dz_panels_at = own.Add(2 * (pairs ? loop.PixelPairs(pixels) : pixels) * columns, sizeof(T));
+      y_rows_at = own.Add(
+          loop.dz_in_place_ || loop.recompute_slope_ ? 0 : 2 * kTransposeBlock * loop.dz_stride_,
+          sizeof(T));
+      staged_at = own.Add(
+          InputRows<S>::StagedElements(p, g.in_width, loop.slice_channels_, loop.staged_rows_),
+          sizeof(T));
+      staged_row_at = own.Add(loop.staged_rows_, sizeof(int64_t));
+      dx_rows_at =
+          own.Add(loop.dx_in_place_ ? 0 : (p.slide_rows + 1) * g.in_width * stride, sizeof(T));
+      sources_at = own.Add(loop.chunk_rows_ + g.kernel_height, sizeof(T*));
+      rows_at = own.Add(g.kernel_height, sizeof(SourceRow<T>));
+      taps_at = own.Add(taps, sizeof(Tap<T>));
+      if (!pairs) return;
+      const int64_t units = loop.pairs_->row_unit, depth = loop.PixelPairs(pixels);
+      pair_dz_tile_at =
+          own.Add(own_dz ? (pixels + units) * loop.pair_dz_stride_ : 0, sizeof(BFloat16));
+      narrow_tile_at = own.Add(pixels * stride, sizeof(BFloat16));
+      tile_pairs_at = own.Add(depth * stride, sizeof(BFloat16Pair));
+      columns_at =
+          own.Add(RoundUp(stride, units) * loop.column_stride(depth), sizeof(BFloat16Pair));
+      least_at = own.Add(2, sizeof(LeastLanes));
+    }
+    Layout64 shared, own;
+    int64_t packed_at, dz_at, partial, partials_at, edges_at, packed_slice_at, ring_at, tile_at,
+        dz_tile_at, dz_panels_at, y_rows_at, staged_at, staged_row_at, dx_rows_at, sources_at,
+        rows_at, taps_at;
+    int64_t pair_dz_tile_at = 0, narrow_tile_at = 0, tile_pairs_at = 0, columns_at = 0,
+            least_at = 0;
+  };
+  // Row length of `columns`, in pairs.
+  int64_t column_stride(int64_t depth) const { return p_.PairTileStride(2 * depth) / 2; }
+
   struct Scratch {
     T* packed_slice;
     T* ring;       // [pixel][slice channel]: dD of the rows that dx still needs
@@ -213,7 +267,36 @@ class BackwardLoop {
     const T** sources;
     SourceRow<T>* rows;
     Tap<T>* taps;
+    // Where products of pairs are added up:
+    BFloat16* pair_dz_tile;    // dz_tile
+    BFloat16* narrow_tile;     // [pixel][slice channel]: D
+    BFloat16Pair* tile_pairs;  // [pair of pixels][slice channel]
+    BFloat16Pair* columns;     // [slice channel][pair of pixels]
+    LeastLanes* least;         // of the operands
+    LeastLanes* least_again;   // of operands that are among them already
   };
+
+  Scratch ScratchOf(const Layout& layout, char* mine) const {
+    auto* least = reinterpret_cast<LeastLanes*>(mine + layout.least_at);
+    return {reinterpret_cast<T*>(mine + layout.packed_slice_at),
+            reinterpret_cast<T*>(mine + layout.ring_at),
+            reinterpret_cast<T*>(mine + layout.tile_at),
+            reinterpret_cast<T*>(mine + layout.dz_tile_at),
+            reinterpret_cast<T*>(mine + layout.dz_panels_at),
+            reinterpret_cast<T*>(mine + layout.y_rows_at),
+            reinterpret_cast<T*>(mine + layout.staged_at),
+            reinterpret_cast<int64_t*>(mine + layout.staged_row_at),
+            reinterpret_cast<T*>(mine + layout.dx_rows_at),
+            reinterpret_cast<const T**>(mine + layout.sources_at),
+            reinterpret_cast<SourceRow<T>*>(mine + layout.rows_at),
+            reinterpret_cast<Tap<T>*>(mine + layout.taps_at),
+            reinterpret_cast<BFloat16*>(mine + layout.pair_dz_tile_at),
+            reinterpret_cast<BFloat16*>(mine + layout.narrow_tile_at),
+            reinterpret_cast<BFloat16Pair*>(mine + layout.tile_pairs_at),
+            reinterpret_cast<BFloat16Pair*>(mine + layout.columns_at),
+            least,
+            least + 1};
+  }
 
   // A run of images, or a band of rows of one image: what a task goes through in one sweep.
   struct Sweep {
@@ -262,7 +345,9 @@ class BackwardLoop {
     slice_channels_ = std::min(p_.depth, CeilDiv(units_, slices_) * slice_unit_);
     slice_stride_ = p_.TileStride(slice_channels_);
     packed_slice_elements_ =
-        needs_depthwise_gradient() ? RoundUp(slice_channels_, p_.kernels.lanes) * p_.filters : 0;
+        needs_depthwise_gradient()
+            ? RoundUp(slice_channels_, p_.kernels.lanes) * (pairs_ ? FilterPairs() : p_.filters)
+            : 0;
   }
 
   // Slices of nearly equal numbers of whole units: 728 channels are 80 + 96 + 96 + 96 + 80 + 96 +
@@ -296,7 +381,8 @@ class BackwardLoop {
   void PlanRows() {
     const Geometry& g = p_.g;
     images_at_once_ = 1;
-    chunk_rows_ = std::max<int64_t>(1, kBackwardPixels / g.out_width);
+    const int64_t pixels = pairs_ ? pairs_->backward_pixels : kBackwardPixels;
+    chunk_rows_ = std::max<int64_t>(1, pixels / g.out_width);
     // Where a window slides, by preference whole groups of rows.
     for (int64_t group = p_.slide_rows; group > 1; group /= 2) {
       if (RoundUp(chunk_rows_, group) * ChunkRowBytes() > kBackwardChunkBytes) continue;
@@ -305,8 +391,7 @@ class BackwardLoop {
     }
     chunk_rows_ = std::min(chunk_rows_, g.out_height);
     if (bands_ == 1 && chunk_rows_ == g.out_height) {
-      images_at_once_ =
-          std::clamp<int64_t>(kBackwardPixels / p_.image_pixels, 1, CeilDiv(g.batch, slabs_));
+      images_at_once_ = std::clamp<int64_t>(pixels / p_.image_pixels, 1, CeilDiv(g.batch, slabs_));
     }
     // A row of dx reads dD rows at most this far apart; chunks are written behind them, and never
     // wrap inside.
@@ -336,15 +421,39 @@ class BackwardLoop {
     }
   }
 
-  // Rows [slice channels] of the transposed pointwise kernel as panels [filter][panel column].
-  void PackSlice(int64_t slice, T* packed) const {
+  // Rows [slice channels] of the transposed pointwise kernel as panels [filter][panel column], or
+  // [pair of filters][panel column].
+  void PackSlice(int64_t slice, T* packed, const Scratch& scratch) const {
     const int64_t q_begin = SliceBegin(slice), q_end = SliceBegin(slice + 1);
     const Panels panels(q_end - q_begin, p_.kernels);
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (pairs_) {
+        const S* rows = pointwise_ + q_begin * p_.filters;
+        pairs_->watch(rows, p_.filters, q_end - q_begin, p_.filters, scratch.least);
+        for (int64_t i = 0; i < panels.count(); ++i) {
+          const int64_t width = panels.width(i);
+          BFloat16Pair* to =
+              reinterpret_cast<BFloat16Pair*>(packed) + panels.begin(i) * FilterPairs();
+          // Neighbours in memory are a pair.
+          TransposePairs(reinterpret_cast<const BFloat16Pair*>(rows + panels.begin(i) * p_.filters),
+                         p_.filters / 2, p_.filters / 2, panels.columns(i), width, to, width);
+          std::fill(to + p_.filters / 2 * width, to + FilterPairs() * width, BFloat16Pair{});
+        }
+        return;
+      }
+    }
     for (int64_t i = 0; i < panels.count(); ++i) {
       p_.copies.load_transposed(pointwise_ + (q_begin + panels.begin(i)) * p_.filters, p_.filters,
                                 p_.filters, panels.columns(i), panels.width(i),
                                 packed + panels.begin(i) * p_.filters, panels.width(i));
     }
+  }
+
+  // to[r * to_stride + c] = from[c * stride + r] for c < count, and zero for count <= c < width.
+  void TransposePairs(const BFloat16Pair* from, int64_t stride, int64_t rows, int64_t count,
+                      int64_t width, BFloat16Pair* to, int64_t to_stride) const {
+    p_.target.copies_f32.load_transposed(reinterpret_cast<const float*>(from), stride, rows, count,
+                                         width, reinterpret_cast<float*>(to), to_stride);
   }
 
   void RunTask(int64_t slice, int64_t slab, const T* packed, const WeightSums<T>& sums,
@@ -492,41 +601,37 @@ class BackwardLoop {
     const int64_t pixel = (sweep.image * g.out_height + row) * width;
     const int64_t pixels = sweep.images * (row_end - row) * width;
 
-    const T* dz = OutputGradientOf(pixel, pixels, scratch);
+    const T* dz = nullptr;
+    const BFloat16* pair_dz = nullptr;
+    if (pairs_) {
+      pair_dz = PairGradientOf(pixel, pixels, scratch);
+    } else {
+      dz = OutputGradientOf(pixel, pixels, scratch);
+    }
     T* d_depthwise = scratch.ring + slot * width * slice_stride_;
     if (needs_depthwise_gradient()) {
-      const Panels panels(channels, p_.kernels);
-      for (int64_t i = 0; i < panels.count(); ++i) {
-        const int64_t q = panels.begin(i);
-        GemmArgs<T> gemm{pixels,
-                         p_.filters,
-                         panels.columns(i),
-                         dz,
-                         dz_stride_,
-                         1,
-                         task.packed + q * p_.filters,
-                         panels.width(i),
-                         d_depthwise + q,
-                         slice_stride_,
-                         nullptr,
-                         -kInfinity,
-                         kInfinity,
-                         false};
-        gemm.fetch_rows = i == 0 && (dz_in_place_ || shares_dz_);
-        const Stretch share = x.Take(panels.count() - i);
-        gemm.fetch = share.data;
-        gemm.fetch_bytes = share.bytes;
-        p_.kernels.gemm(gemm);
+      if (pairs_) {
+        DepthwiseOutputGradient(task, reinterpret_cast<const BFloat16Pair*>(pair_dz), pixels,
+                                d_depthwise, x);
+      } else {
+        DepthwiseOutputGradient(task, dz, pixels, d_depthwise, x);
       }
     }
     const bool slope = p_.depthwise_activation() != Activation::kLinear;
     const bool needs_depthwise = slope || task.sums.pointwise_kernel;
+    // The depthwise stage itself writes what the pairs are made of.
+    const bool narrows = pairs_ && !slope;
     for (int64_t image = 0; needs_depthwise && image < sweep.images; ++image) {
-      const DepthwiseStage<S, T, T> stage{p_,           p_.kernels.depthwise, task.input,
-                                          scratch.rows, scratch.taps,         task.q_begin,
-                                          task.q_end,   slice_stride_};
-      DepthwiseRows(stage, sweep.image + image, row, row_end,
-                    scratch.tile + image * (row_end - row) * width * slice_stride_);
+      const int64_t first = image * (row_end - row) * width * slice_stride_;
+      if constexpr (std::is_same_v<S, BFloat16>) {
+        if (narrows) {
+          DepthwiseOutput(task, pairs_->depthwise_staged, sweep.image + image, row, row_end,
+                          scratch.narrow_tile + first);
+          continue;
+        }
+      }
+      DepthwiseOutput(task, p_.kernels.depthwise, sweep.image + image, row, row_end,
+                      scratch.tile + first);
     }
     if (slope) {
       for (int64_t p = 0; needs_depthwise_gradient() && p < pixels; ++p) {
@@ -559,58 +664,189 @@ class BackwardLoop {
       }
     }
     if (task.sums.pointwise_kernel) {
-      RoundToStorage<S>(p_, scratch.tile, pixels, channels, slice_stride_);
-      const Panels panels(p_.filters, p_.kernels);
-      bool copied = false;
-      for (int64_t i = 0; i < panels.count(); ++i) {
-        const int64_t f = panels.begin(i);
-        const T* panel = dz + f;
-        int64_t panel_stride = dz_stride_;
-        GemmArgs<T> gemm{};
-        if (packs_dz_) {
-          T* copy = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
-          panel_stride = panels.width(i);
-          if (!copied) {
-            CopiesOf<T>(p_.target).load(panel, dz_stride_, pixels, panels.columns(i), panel_stride,
-                                        copy, panel_stride);
-          }
-          panel = copy;
-          // A panel as wide as this one is copied by the micro-kernel.
-          copied = i + 1 < panels.count() && panels.columns(i + 1) == panel_stride;
-          if (copied) {
-            gemm.ahead = reinterpret_cast<const char*>(dz + panels.begin(i + 1));
-            gemm.ahead_stride = dz_stride_ * static_cast<int64_t>(sizeof(T));
-            gemm.ahead_row_bytes = panel_stride * static_cast<int64_t>(sizeof(T));
-            gemm.ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
-          }
-        }
-        gemm.rows = channels;
-        gemm.depth = pixels;
-        gemm.columns = panels.columns(i);
-        gemm.a = scratch.tile;
-        gemm.a_row_stride = 1;
-        gemm.a_depth_stride = slice_stride_;
-        gemm.b = panel;
-        gemm.b_stride = panel_stride;
-        gemm.c = task.sums.pointwise_kernel + task.q_begin * p_.filters + f;
-        gemm.c_stride = p_.filters;
-        gemm.low = -kInfinity;
-        gemm.high = kInfinity;
-        gemm.accumulate = !task.first_chunk;
-        const Stretch share = dx.Take(panels.count() - i);
-        gemm.fetch = share.data;
-        gemm.fetch_bytes = share.bytes;
-        p_.kernels.gemm(gemm);
-        if (task.sums.bias && task.first_slice) {
-          p_.kernels.add_column_sums(panel, pixels, panels.columns(i), panel_stride,
-                                     task.sums.bias + f);
-        }
+      if (pairs_) {
+        if (slope)
+          pairs_->narrow(reinterpret_cast<const float*>(scratch.tile), slice_stride_, pixels,
+                         channels, scratch.narrow_tile, slice_stride_, scratch.least_again);
+        AddPairsToPointwise(task, pair_dz, pixels, dx);
+      } else {
+        AddToPointwise(task, dz, pixels, dx);
       }
     }
-    if (task.sums.bias && task.first_slice && !task.sums.pointwise_kernel) {
+    if (task.sums.bias && task.first_slice && pairs_) AddToBias(task, pair_dz, pixels);
+    if (task.sums.bias && task.first_slice && !pairs_ && !task.sums.pointwise_kernel) {
       p_.kernels.add_column_sums(dz, pixels, p_.filters, dz_stride_, task.sums.bias);
     }
     task.first_chunk = false;
+  }
+
+  // dD of `pixels` pixels: dz times the transposed pointwise kernel. The elements are numbers or
+  // pairs of them.
+  template <typename E>
+  void DepthwiseOutputGradient(const Task& task, const E* dz, int64_t pixels, T* d_depthwise,
+                               Stretch x) const {
+    constexpr bool kPairs = std::is_same_v<E, BFloat16Pair>;
+    const int64_t depth = kPairs ? FilterPairs() : p_.filters;
+    const Panels panels(task.q_end - task.q_begin, p_.kernels);
+    if (kPairs) pairs_->configure(pixels);
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      const int64_t q = panels.begin(i);
+      GemmArgs<E, T> gemm{pixels,
+                          depth,
+                          panels.columns(i),
+                          dz,
+                          kPairs ? pair_dz_stride_ / 2 : dz_stride_,
+                          1,
+                          reinterpret_cast<const E*>(task.packed) + q * depth,
+                          panels.width(i),
+                          d_depthwise + q,
+                          slice_stride_,
+                          nullptr,
+                          -std::numeric_limits<ComputeType<E>>::infinity(),
+                          std::numeric_limits<ComputeType<E>>::infinity(),
+                          false};
+      gemm.fetch_rows = !kPairs && i == 0 && (dz_in_place_ || shares_dz_);
+      const Stretch share = x.Take(panels.count() - i);
+      gemm.fetch = share.data;
+      gemm.fetch_bytes = share.bytes;
+      if constexpr (!kPairs) {
+        p_.kernels.gemm(gemm);
+      } else if constexpr (std::is_same_v<T, float>) {
+        pairs_->gemm(gemm);
+      }
+    }
+    if (kPairs) pairs_->release();
+  }
+
+  // Rows [row, row_end) of D, before its activation.
+  template <typename U>
+  void DepthwiseOutput(Task& task, const DepthwiseKernels<T, U>& kernels, int64_t image,
+                       int64_t row, int64_t row_end, U* out) const {
+    const DepthwiseStage<S, T, U> stage{
+        p_,           kernels,    task.input,    task.scratch.rows,       task.scratch.taps,
+        task.q_begin, task.q_end, slice_stride_, task.scratch.least_again};
+    DepthwiseRows(stage, image, row, row_end, out);
+  }
+
+  // dKp += D^T dz, and the bias, whose columns are at hand.
+  void AddToPointwise(Task& task, const T* dz, int64_t pixels, Stretch dx) const {
+    const Scratch& scratch = task.scratch;
+    const int64_t channels = task.q_end - task.q_begin;
+    RoundToStorage<S>(p_, scratch.tile, pixels, channels, slice_stride_);
+    const Panels panels(p_.filters, p_.kernels);
+    bool copied = false;
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      const int64_t f = panels.begin(i);
+      const T* panel = dz + f;
+      int64_t panel_stride = dz_stride_;
+      GemmArgs<T> gemm{};
+      if (packs_dz_) {
+        T* copy = scratch.dz_panels + i % 2 * chunk_pixels_ * p_.kernels.columns;
+        panel_stride = panels.width(i);
+        if (!copied) {
+          CopiesOf<T>(p_.target).load(panel, dz_stride_, pixels, panels.columns(i), panel_stride,
+                                      copy, panel_stride);
+        }
+        panel = copy;
+        // A panel as wide as this one is copied by the micro-kernel.
+        copied = i + 1 < panels.count() && panels.columns(i + 1) == panel_stride;
+        if (copied) {
+          gemm.ahead = reinterpret_cast<const char*>(dz + panels.begin(i + 1));
+          gemm.ahead_stride = dz_stride_ * static_cast<int64_t>(sizeof(T));
+          gemm.ahead_row_bytes = panel_stride * static_cast<int64_t>(sizeof(T));
+          gemm.ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
+        }
+      }
+      gemm.rows = channels;
+      gemm.depth = pixels;
+      gemm.columns = panels.columns(i);
+      gemm.a = scratch.tile;
+      gemm.a_row_stride = 1;
+      gemm.a_depth_stride = slice_stride_;
+      gemm.b = panel;
+      gemm.b_stride = panel_stride;
+      gemm.c = task.sums.pointwise_kernel + task.q_begin * p_.filters + f;
+      gemm.c_stride = p_.filters;
+      gemm.low = -kInfinity;
+      gemm.high = kInfinity;
+      gemm.accumulate = !task.first_chunk;
+      const Stretch share = dx.Take(panels.count() - i);
+      gemm.fetch = share.data;
+      gemm.fetch_bytes = share.bytes;
+      p_.kernels.gemm(gemm);
+      if (task.sums.bias && task.first_slice) {
+        p_.kernels.add_column_sums(panel, pixels, panels.columns(i), panel_stride,
+                                   task.sums.bias + f);
+      }
+    }
+  }
+
+  // dKp += D^T dz, pairs of pixels at once.
+  void AddPairsToPointwise(Task& task, const BFloat16* dz, int64_t pixels, Stretch dx) const {
+    const Scratch& scratch = task.scratch;
+    const int64_t channels = task.q_end - task.q_begin, depth = PixelPairs(pixels);
+    const int64_t pixel_pairs = CeilDiv(pixels, 2), stride = column_stride(depth);
+    pairs_->pack(scratch.narrow_tile, slice_stride_, pixels, channels,
+                 RoundUp(channels, p_.kernels.lanes), scratch.tile_pairs, scratch.least);
+    TransposePairs(scratch.tile_pairs, RoundUp(channels, p_.kernels.lanes), channels, pixel_pairs,
+                   depth, scratch.columns, stride);
+    const Panels panels(p_.filters, p_.kernels);
+    bool packed = false;
+    pairs_->configure(channels);
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      const int64_t f = panels.begin(i), width = panels.width(i);
+      const auto memory_of = [&](int64_t panel) {
+        return reinterpret_cast<BFloat16Pair*>(scratch.dz_panels) +
+               panel % 2 * PixelPairs(chunk_pixels_) * p_.kernels.columns;
+      };
+      BFloat16Pair* panel = memory_of(i);
+      if (!packed)
+        pairs_->pack(dz + f, pair_dz_stride_, pixels, panels.columns(i), width, panel,
+                     scratch.least_again);
+      std::fill(panel + pixel_pairs * width, panel + depth * width, BFloat16Pair{});
+      GemmArgs<BFloat16Pair, float> gemm{};
+      // A panel as wide as this one is packed by the micro-kernel.
+      packed = i + 1 < panels.count() && panels.columns(i + 1) == width && pixels % 2 == 0;
+      if (packed) {
+        gemm.ahead = reinterpret_cast<const char*>(dz + panels.begin(i + 1));
+        gemm.ahead_rows = pixel_pairs;
+        gemm.ahead_stride = 2 * pair_dz_stride_ * static_cast<int64_t>(sizeof(BFloat16));
+        gemm.ahead_row_bytes = width * static_cast<int64_t>(sizeof(BFloat16));
+        gemm.ahead_to = memory_of(i + 1);
+        gemm.least = scratch.least_again;
+      }
+      gemm.rows = channels;
+      gemm.depth = depth;
+      gemm.columns = panels.columns(i);
+      gemm.a = scratch.columns;
+      gemm.a_row_stride = stride;
+      gemm.a_depth_stride = 1;
+      gemm.b = panel;
+      gemm.b_stride = width;
+      gemm.c = reinterpret_cast<float*>(task.sums.pointwise_kernel) + task.q_begin * p_.filters + f;
+      gemm.c_stride = p_.filters;
+      gemm.low = -std::numeric_limits<float>::infinity();
+      gemm.high = std::numeric_limits<float>::infinity();
+      gemm.accumulate = !task.first_chunk;
+      const Stretch share = dx.Take(panels.count() - i);
+      gemm.fetch = share.data;
+      gemm.fetch_bytes = share.bytes;
+      pairs_->gemm(gemm);
+    }
+    pairs_->release();
+  }
+
+  // db += sums of the columns of dz.
+  void AddToBias(Task& task, const BFloat16* dz, int64_t pixels) const {
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      for (int64_t block = 0; block < pixels; block += kTransposeBlock) {
+        const int64_t count = std::min(pixels - block, kTransposeBlock);
+        p_.copies.load(dz + block * pair_dz_stride_, pair_dz_stride_, count, p_.filters, p_.filters,
+                       task.scratch.y_rows, dz_stride_);
+        p_.kernels.add_column_sums(task.scratch.y_rows, count, p_.filters, dz_stride_,
+                                   task.sums.bias);
+      }
+    }
   }
 
   // dz of pixels [pixel, pixel + pixels), rows dz_stride_ apart.
@@ -638,6 +874,28 @@ class BackwardLoop {
         p_.kernels.slope_from_output(p_.activation(), rows + r * dz_stride_,
                                      y_rows + r * dz_stride_, rows + r * dz_stride_, p_.filters);
       }
+    }
+  }
+
+  // The same in bfloat16, rows pair_dz_stride_ apart.
+  const BFloat16* PairGradientOf(int64_t pixel, int64_t pixels, const Scratch& scratch) const {
+    if (shares_dz_) return pair_dz_ + pixel * pair_dz_stride_;
+    ComputePairGradient(pixel, pixels, scratch.pair_dz_tile, scratch);
+    return scratch.pair_dz_tile;
+  }
+  void ComputePairGradient(int64_t pixel, int64_t pixels, BFloat16* to,
+                           const Scratch& scratch) const {
+    T* rows = scratch.y_rows + kTransposeBlock * dz_stride_;
+    for (int64_t block = 0; block < pixels; block += kTransposeBlock) {
+      const int64_t count = std::min(pixels - block, kTransposeBlock);
+      BFloat16* narrow = to + block * pair_dz_stride_;
+      ComputeOutputGradient(pixel + block, count, rows, scratch.y_rows);
+      pairs_->narrow(reinterpret_cast<const float*>(rows), dz_stride_, count, p_.filters, narrow,
+                     pair_dz_stride_, scratch.least);
+      const int64_t begin = RoundUp(p_.filters, p_.kernels.lanes), end = 2 * FilterPairs();
+      for (int64_t p = 0; begin < end && p < count; ++p)
+        std::fill(narrow + p * pair_dz_stride_ + begin, narrow + p * pair_dz_stride_ + end,
+                  BFloat16{0});
     }
   }
 
@@ -827,10 +1085,11 @@ class BackwardLoop {
   const S* pointwise_;
   S* dx_;
   int64_t threads_;
+  const PairKernels* pairs_ = nullptr;  // null: products of matrices are of the compute type
   bool recompute_slope_ = false, shares_dz_ = false, dz_in_place_ = false, dx_in_place_ = false,
-       sums_in_place_ = false, packs_dz_ = true, fetches_input_ = false;
+       packs_dz_ = true, fetches_input_ = false;
   bool windows_ = false;  // dKd is summed up by window_gradient
-  int64_t dz_stride_ = 0;
+  int64_t dz_stride_ = 0, pair_dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,
           packed_slice_elements_ = 0;
   int64_t slabs_ = 1, bands_ = 1, edge_rows_ = 0;
@@ -838,8 +1097,23 @@ class BackwardLoop {
           ring_pixels_ = 0;
   std::vector<ColumnPlan> gather_;
   T* dz_ = nullptr;
+  BFloat16* pair_dz_ = nullptr;
   T* edges_ = nullptr;
 };
+
+template <typename S>
+void RunBackward(const Geometry& g, const BackwardArgs& args) {
+  BackwardLoop<S> loop(g, args, true);
+  if (!loop.uses_pairs()) {
+    const Buffer buffer(loop.ScratchBytes());
+    loop.Run(buffer.As<char>());
+    return;
+  }
+  // Memory for both ways beforehand, because nothing may be written where there is not enough.
+  BackwardLoop<S> without_pairs(g, args, false);
+  const Buffer buffer(std::max(loop.ScratchBytes(), without_pairs.ScratchBytes()));
+  if (!loop.Run(buffer.As<char>())) without_pairs.Run(buffer.As<char>());
+}
 
 // Gradients of an empty output: sums over nothing.
 void ZeroGradients(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
@@ -862,13 +1136,13 @@ void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
   if (geometry.pixels() == 0) return ZeroGradients(geometry, dtype, args);
   switch (dtype) {
     case DType::kFloat32:
-      return BackwardLoop<float>(geometry, args).Run();
+      return RunBackward<float>(geometry, args);
     case DType::kFloat64:
-      return BackwardLoop<double>(geometry, args).Run();
+      return RunBackward<double>(geometry, args);
     case DType::kBFloat16:
-      return BackwardLoop<BFloat16>(geometry, args).Run();
+      return RunBackward<BFloat16>(geometry, args);
     case DType::kFloat16:
-      return BackwardLoop<Float16>(geometry, args).Run();
+      return RunBackward<Float16>(geometry, args);
   }
 }
 
@@ -879,13 +1153,13 @@ Plan PlanBackward(const Geometry& geometry, DType dtype) {
   args.y = &geometry;
   switch (dtype) {
     case DType::kFloat32:
-      return BackwardLoop<float>(geometry, args).plan();
+      return BackwardLoop<float>(geometry, args, true).plan();
     case DType::kFloat64:
-      return BackwardLoop<double>(geometry, args).plan();
+      return BackwardLoop<double>(geometry, args, true).plan();
     case DType::kBFloat16:
-      return BackwardLoop<BFloat16>(geometry, args).plan();
+      return BackwardLoop<BFloat16>(geometry, args, true).plan();
     case DType::kFloat16:
-      return BackwardLoop<Float16>(geometry, args).plan();
+      return BackwardLoop<Float16>(geometry, args, true).plan();
   }
   return {};
 }

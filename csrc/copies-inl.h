@@ -160,23 +160,34 @@ SEPCONV_INLINE void StoreLeast(LeastLanes& lanes, Bits32 least) {
   *reinterpret_cast<LeastValues*>(lanes.value) = least;
 }
 
-SEPCONV_INLINE void KeepLesser(LeastLanes* least, FullBits16 first, FullBits16 second) {
-  LeastWeights* weight = reinterpret_cast<LeastWeights*>(least->weight);
-  *weight = LesserOf(LesserOf(*weight, first), second);
-}
+// The least weights in a register, from and to memory at either end of its life.
+class LeastWeight {
+ public:
+  explicit SEPCONV_INLINE LeastWeight(LeastLanes* lanes)
+      : memory_(reinterpret_cast<LeastWeights*>(lanes->weight)), least_(*memory_) {}
+  SEPCONV_INLINE ~LeastWeight() { *memory_ = least_; }
+  LeastWeight(const LeastWeight&) = delete;
+  LeastWeight& operator=(const LeastWeight&) = delete;
+  SEPCONV_INLINE void Keep(FullBits16 bits) { least_ = LesserOf(least_, bits); }
+
+ private:
+  LeastWeights* memory_;
+  FullBits16 least_;
+};
 
 // One vector of two rows, and its part of the least weight.
-SEPCONV_INLINE void StorePairs(BFloat16Pair* to, Bits16 first, Bits16 second, LeastLanes* least) {
+SEPCONV_INLINE void StorePairs(BFloat16Pair* to, Bits16 first, Bits16 second, LeastWeight& least) {
   const Bits32 pairs = ToBits32(first) | (ToBits32(second) << 16);
   Store(to, pairs);
-  KeepLesser(least, reinterpret_cast<FullBits16>(pairs), reinterpret_cast<FullBits16>(pairs));
+  least.Keep(reinterpret_cast<FullBits16>(pairs));
 }
 // Two vectors.
 SEPCONV_INLINE void StorePairs(BFloat16Pair* to, FullBits16 first, FullBits16 second,
-                               LeastLanes* least) {
+                               LeastWeight& least) {
   Store(to, reinterpret_cast<Bits32>(InterleaveBits<false>(first, second)));
   Store(to + kLanes<BFloat16Pair>, reinterpret_cast<Bits32>(InterleaveBits<true>(first, second)));
-  KeepLesser(least, first, second);
+  least.Keep(first);
+  least.Keep(second);
 }
 // The v-th vector from `from` on.
 template <typename V>
@@ -187,15 +198,40 @@ SEPCONV_INLINE V LoadBits(const char* from, int v) {
 }
 
 inline void PackPairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
-                      int64_t width, BFloat16Pair* to, LeastLanes* least) {
+                      int64_t width, BFloat16Pair* to, LeastLanes* lanes_of_least) {
   constexpr int kL = kLanes<BFloat16Pair>;
+  LeastWeight least(lanes_of_least);
   for (int64_t r = 0; r < rows; r += 2) {
-    for (int64_t c = 0; c < width; c += kL) {
+    int64_t c = 0;
+    for (; r + 1 < rows && c + 2 * kL <= count; c += 2 * kL) {
+      const char* at = reinterpret_cast<const char*>(from + r * stride + c);
+      const char* below = reinterpret_cast<const char*>(from + (r + 1) * stride + c);
+      StorePairs(to + r / 2 * width + c, LoadBits<FullBits16>(at, 0),
+                 LoadBits<FullBits16>(below, 0), least);
+    }
+    for (; c < width; c += kL) {
       const int lanes = static_cast<int>(std::clamp<int64_t>(count - c, 0, kL));
       const BFloat16* at = from + r * stride + c;
       const Bits16 first = LoadBitsFirst(at, lanes);
       const Bits16 second = r + 1 < rows ? LoadBitsFirst(at + stride, lanes) : Bits16{};
       StorePairs(to + r / 2 * width + c, first, second, least);
+    }
+  }
+}
+
+// Takes part in the least weight without being copied.
+inline void WatchRows(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
+                      LeastLanes* lanes_of_least) {
+  constexpr int kL = kLanes<float>;
+  LeastWeight least(lanes_of_least);
+  for (int64_t r = 0; r < rows; ++r) {
+    const BFloat16* row = from + r * stride;
+    int64_t c = 0;
+    for (; c + 2 * kL <= count; c += 2 * kL)
+      least.Keep(LoadBits<FullBits16>(reinterpret_cast<const char*>(row + c), 0));
+    for (; c < count; c += kL) {
+      const int lanes = static_cast<int>(std::min<int64_t>(count - c, kL));
+      least.Keep(reinterpret_cast<FullBits16>(ToBits32(LoadBitsFirst(row + c, lanes))));
     }
   }
 }

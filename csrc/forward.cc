@@ -51,7 +51,7 @@ class ForwardLoop {
         threads_(ThreadsFor(p_.macs())),
         pairs_(std::is_same_v<S, BFloat16> && may_pair && !gradient.dz ? p_.target.pairs : nullptr),
         narrows_(pairs_ && p_.depthwise_activation() == Activation::kLinear),
-        depth_(pairs_ ? CeilDiv(p_.depth, 2) : p_.depth),
+        depth_(pairs_ ? pairs_->Depth(p_.depth) : p_.depth),
         kept_(args.packed && &args.packed->target == &p_.target &&
                       args.packed->pairs == (pairs_ != nullptr)
                   ? args.packed
@@ -66,7 +66,7 @@ class ForwardLoop {
                                                              : panels_.count() - 1;
 
     depth_stride_ = p_.TileStride(p_.depth);
-    narrow_stride_ = p_.template TileStride<BFloat16>(p_.depth);
+    narrow_stride_ = p_.PairTileStride(p_.depth);
     tile_pixels_ = narrows_ ? TilePixels<BFloat16>(p_) : TilePixels<T>(p_);
     int64_t tiles = CeilDiv(p_.pixels, tile_pixels_);
     const int64_t element = sizeof(T), taps = g.kernel_height * g.kernel_width;
@@ -145,8 +145,10 @@ class ForwardLoop {
     const auto least_of = [&](int64_t worker) {
       return reinterpret_cast<LeastLanes*>(memory_of(worker) + layout.least_at);
     };
-    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker)
+    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker) {
       *least_of(worker) = LeastLanes();
+      FillDepth(reinterpret_cast<BFloat16*>(memory_of(worker) + layout.narrow_tile_at));
+    }
     if (pairs_ && kept_) *least_of(0) = kept_->least;
     if (!kept_ && !packs_in_time_ && first_packed_ < panels_.count()) {
       ParallelFor(CeilDiv(p_.depth, kTransposeBlock), threads_, [&](int64_t task, int64_t worker) {
@@ -239,7 +241,9 @@ class ForwardLoop {
       two_panels_at = own.Add(loop.packs_two_ ? 2 * loop.depth_ * columns : 0, sizeof(T));
       least_at = own.Add(loop.pairs_ ? 1 : 0, sizeof(LeastLanes));
       tile_at = own.Add(loop.narrows_ ? 0 : tile * loop.depth_stride_, sizeof(T));
-      narrow_tile_at = own.Add(loop.pairs_ ? tile * loop.narrow_stride_ : 0, sizeof(BFloat16));
+      narrow_tile_at =
+          own.Add(loop.pairs_ ? RoundUp(tile, loop.pairs_->row_unit) * loop.narrow_stride_ : 0,
+                  sizeof(BFloat16));
       panel_at = own.Add(loop.direct_y_ ? 0 : tile * columns, sizeof(T));
       gradient_at = own.Add(loop.gradient_.dz ? tile * columns : 0, sizeof(T));
       staged_at =
@@ -343,6 +347,15 @@ class ForwardLoop {
     }
   }
 
+  // Zeros up to the depth of the pairs. No tile writes them: the depthwise stage fills its last
+  // vector.
+  void FillDepth(BFloat16* narrow_tile) const {
+    const int64_t begin = RoundUp(p_.depth, p_.kernels.lanes), end = 2 * depth_;
+    for (int64_t pixel = 0; begin < end && pixel < tile_pixels_; ++pixel)
+      std::fill(narrow_tile + pixel * narrow_stride_ + begin,
+                narrow_tile + pixel * narrow_stride_ + end, BFloat16{0});
+  }
+
   // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
   void PackPairs(int64_t panel, int64_t k_begin, int64_t k_end, T* to, LeastLanes* least) const {
     if constexpr (std::is_same_v<S, BFloat16>) {
@@ -359,11 +372,15 @@ class ForwardLoop {
   void Pointwise(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Stretch fetch,
                  const Scratch& scratch) {
     if constexpr (std::is_same_v<S, BFloat16>) {
-      if (pairs_ && direct_y_)
-        return PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch,
-                             pairs_->gemm_stored);
-      if (pairs_)
-        return PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, pairs_->gemm);
+      if (pairs_) {
+        pairs_->configure(end - begin);
+        if (direct_y_) {
+          PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, pairs_->gemm_stored);
+        } else {
+          PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, pairs_->gemm);
+        }
+        return pairs_->release();
+      }
     }
     PointwiseTile(begin, end, panel_begin, panel_end, fetch, scratch, p_.kernels.gemm);
   }
@@ -385,6 +402,7 @@ class ForwardLoop {
       a_stride = narrow_stride_ / 2;
     }
     const bool packs_now = packs_in_time_ && begin == 0;
+    const int64_t ahead_rows = kPairs ? p_.depth / 2 : p_.depth;  // of a panel that is copied
     bool packed_before = false;
     // Each panel fetches its share.
     const int64_t share = RoundUp(CeilDiv(fetch.bytes, panel_end - panel_begin), kCacheLineBytes);
@@ -410,7 +428,10 @@ class ForwardLoop {
           // A panel as wide as this one is copied by the micro-kernel.
           packed_before = panels_.columns(panel + 1) == b_stride &&
                           (kPairs ? p_.depth % 2 == 0 : std::is_same_v<S, T>);
-          if (packed_before) ahead_to = reinterpret_cast<E*>(PackedPanel(panel + 1, scratch));
+          if (packed_before) {
+            ahead_to = reinterpret_cast<E*>(PackedPanel(panel + 1, scratch));
+            std::fill(ahead_to + ahead_rows * b_stride, ahead_to + depth_ * b_stride, E{});
+          }
         }
       }
       C* out = reinterpret_cast<C*>(scratch.panel);
@@ -432,6 +453,7 @@ class ForwardLoop {
                           b_stride, out,    out_stride, bias, low,      high, false};
       if (ahead) {
         gemm.ahead = reinterpret_cast<const char*>(ahead);
+        gemm.ahead_rows = ahead_rows;
         gemm.ahead_stride = (kPairs ? 2 : 1) * p_.filters * static_cast<int64_t>(sizeof(S));
         gemm.ahead_row_bytes = panels_.columns(panel + 1) * static_cast<int64_t>(sizeof(S));
         gemm.ahead_to = ahead_to;
@@ -440,6 +462,7 @@ class ForwardLoop {
       if (panel + 1 < panel_end && panel >= first_packed_ && !packs_now &&
           depth_ * p_.filters * static_cast<int64_t>(sizeof(T)) > kFetchWeightBytes) {
         gemm.ahead = reinterpret_cast<const char*>(PackedPanel(panel + 1, scratch));
+        gemm.ahead_rows = depth_;
         gemm.ahead_stride = panels_.width(panel + 1) * static_cast<int64_t>(sizeof(T));
         gemm.ahead_row_bytes = gemm.ahead_stride;
       }

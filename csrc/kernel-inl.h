@@ -56,13 +56,13 @@ SEPCONV_INLINE void CopyRow(const GemmArgs<E, C>& g, const char* from, E* to) {
       Store(to + v * kLanes<E>, Load(reinterpret_cast<const E*>(from) + v * kLanes<E>));
   } else {
     const char* below = from + g.ahead_stride / 2;
+    LeastWeight least(g.least);
     int v = 0;
     for (; v + 2 <= kVectors; v += 2)
       StorePairs(to + v * kLanes<E>, LoadBits<FullBits16>(from, v / 2),
-                 LoadBits<FullBits16>(below, v / 2), g.least);
+                 LoadBits<FullBits16>(below, v / 2), least);
     if (v < kVectors)
-      StorePairs(to + v * kLanes<E>, LoadBits<Bits16>(from, v), LoadBits<Bits16>(below, v),
-                 g.least);
+      StorePairs(to + v * kLanes<E>, LoadBits<Bits16>(from, v), LoadBits<Bits16>(below, v), least);
   }
 }
 
@@ -961,20 +961,35 @@ constexpr Kernels<T> MakeKernels() {
           2 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<T>};
 }
 
+// Nothing to set up.
+inline void ConfigureNothing(int64_t) {}
+inline void ReleaseNothing() {}
+
 constexpr PairKernels MakePairKernels() {
-  return {GemmOfPairs<float>,
-          GemmOfPairs<BFloat16>,
-          MakeDepthwise<BFloat16>(),
-          MakeDepthwise<float, BFloat16>(),
-          PackPairs,
-          NarrowRows,
-          FmaChains<float, true>};
+  return {
+      1,
+      1,
+      kBackwardPixels,
+      ConfigureNothing,
+      ReleaseNothing,
+      GemmOfPairs<float>,
+      GemmOfPairs<BFloat16>,
+      MakeDepthwise<BFloat16>(),
+      MakeDepthwise<float, BFloat16>(),
+      PackPairs,
+      WatchRows,
+      NarrowRows,
+      FmaChains<float, true>,
+      4 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<float>};
 }
 
+inline bool Always() { return true; }
+
 constexpr Target MakeTarget(const char* name, bool (*runs_here)(),
-                            const PairKernels* pairs = nullptr) {
+                            const PairKernels* pairs = nullptr, bool (*pays_here)() = Always) {
   return {name,
           runs_here,
+          pays_here,
           MakeKernels<float>(),
           MakeKernels<double>(),
           MakeCopies<float>(),

@@ -42,10 +42,12 @@ struct GemmArgs {
   bool accumulate;
   // Sums of the depth before, added like a bias: whole vectors, row by row. Null: none.
   const T* before = nullptr;
-  // What comes next, meanwhile: `depth` rows, each as wide as this panel, are copied to
+  // What comes next, meanwhile: `ahead_rows` rows, each as wide as this panel, are copied to
   // `ahead_to`[row][b_stride], or, where that is null, fetched into L2. Null: none. Not where A's
-  // rows are neighbours. Rows of pairs are made of two rows of bfloat16, half a stride apart.
+  // rows are neighbours. Rows of pairs are made of two rows of bfloat16, half a stride apart. Their
+  // number is `depth`, but for the zeros that fill the depth up.
   const char* ahead = nullptr;
+  int64_t ahead_rows = 0;
   int64_t ahead_stride = 0, ahead_row_bytes = 0;  // in bytes
   bool fetch_rows = false;                        // A comes from memory: fetch its next rows too
   E* ahead_to = nullptr;
@@ -178,11 +180,18 @@ struct RowCopies {
   void (*round)(T* data, int64_t rows, int64_t count, int64_t stride);
 };
 
-// The forward pass of bfloat16 with an instruction that adds up products of pairs. It takes
+// Products of matrices of bfloat16 with an instruction that adds up products of pairs. It takes
 // subnormal numbers for zero, as the one that narrows floats does. So all operands are watched:
 // every sum is a multiple of the product of the last places of the least operands above zero, and
 // of the last place of the least bias. Where that is no subnormal, no sum is; see MayFlush.
 struct PairKernels {
+  // Rows of A and B are readable up to a multiple of `row_unit` rows of A and `depth_unit` pairs of
+  // depth. B and the used rows of A are zero there.
+  int64_t row_unit, depth_unit;
+  int64_t backward_pixels;  // of a chunk, see tuning.h
+  // Around the calls of the functions below with so many rows of A, on the thread that makes them.
+  void (*configure)(int64_t rows);
+  void (*release)();
   // A's depth stride is 1.
   void (*gemm)(const GemmArgs<BFloat16Pair, float>&);
   void (*gemm_stored)(const GemmArgs<BFloat16Pair, BFloat16>&);
@@ -191,11 +200,20 @@ struct PairKernels {
   // to[r / 2][width] = rows r and r + 1 of from, zero for c >= count and r >= rows.
   void (*pack)(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, int64_t width,
                BFloat16Pair* to, LeastLanes* least);
+  // Weights that are packed in another way, to be watched.
+  void (*watch)(const BFloat16* from, int64_t stride, int64_t rows, int64_t count,
+                LeastLanes* least);
   // Rows of floats rounded. The rest of the last vector of a row is zero.
   void (*narrow)(const float* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to,
                  int64_t to_stride, LeastLanes* least);
-  // As `fma_chains`, with twice the operations.
+  // As `fma_chains`.
   void (*chains)(int64_t steps, float* result);
+  int64_t chain_flops;
+
+  // Pairs of a packed panel in depth.
+  int64_t Depth(int64_t depth) const {
+    return ((depth + 1) / 2 + depth_unit - 1) / depth_unit * depth_unit;
+  }
 };
 
 // Exponent fields of the least operands above zero. A bfloat16 with the field e > 0 is a multiple
@@ -220,6 +238,7 @@ struct LeastOperands {
 struct Target {
   const char* name;
   bool (*runs_here)();
+  bool (*pays_here)();  // where it runs: whether it beats those behind it in the list
   Kernels<float> f32;
   Kernels<double> f64;
   RowCopies<float> copies_f32;

@@ -17,7 +17,7 @@ PackedPointwise* Pack(const void* data, int64_t depth, int64_t filters) {
   const Target& target = CurrentTargetTable();
   const Panels panels(filters, KernelsOf<T>(target));
   const bool pairs = std::is_same_v<S, BFloat16> && target.pairs;
-  const int64_t rows = pairs ? CeilDiv(depth, 2) : depth;
+  const int64_t rows = pairs ? target.pairs->Depth(depth) : depth;
   auto* packed = new PackedPointwise{target, pairs, LeastLanes(),
                                      Buffer(rows * panels.packed_columns() * int64_t{sizeof(T)})};
   if (!pairs) {

@@ -1,6 +1,6 @@
 // The 64-byte vectors and the tile shapes of the AVX-512 target on a CPU with AVX2: slow, never
 // chosen by itself. With it every tile edge of the AVX-512 target is tested on machines that do not
-// have the instructions. So are the kernels for pairs of bfloat16.
+// have the instructions. So are the kernels for pairs of bfloat16, with tile registers too.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -34,7 +34,11 @@ static_assert(kTuning.vector_bytes == SEPCONV_VECTOR_BYTES);
 #include "simd.h"
 #include "kernel-inl.h"
 
+// Behind what it uses.
+#include "amx-inl.h"
+
 inline constexpr PairKernels kPairKernels = MakePairKernels();
+inline constexpr PairKernels kTileKernels = MakeTileKernels();
 
 }  // namespace sepconv::emulated_avx512
 
@@ -51,6 +55,8 @@ bool RunsHere() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 const Target kEmulatedAvx512Target =
     emulated_avx512::MakeTarget("emulated_avx512", RunsHere, &emulated_avx512::kPairKernels);
+const Target kEmulatedAmxTarget =
+    emulated_avx512::MakeTarget("emulated_amx", RunsHere, &emulated_avx512::kTileKernels);
 
 }  // namespace sepconv
 #endif

@@ -12,12 +12,13 @@
 namespace sepconv {
 namespace {
 
-// Best first. The last one is for tests and never chosen by itself.
+// Best first. The emulated ones are for tests and never chosen by themselves.
 const Target* const kTargets[] = {
 #if defined(SEPCONV_PORTABLE_ONLY)
     &kPortableTarget,
 #elif defined(__x86_64__)
-    &kAvx512Bf16Target, &kAvx512Target, &kAvx2Target, &kPortableTarget, &kEmulatedAvx512Target,
+    &kAmxBf16Target,  &kAvx512Bf16Target,     &kAvx512Target,      &kAvx2Target,
+    &kPortableTarget, &kEmulatedAvx512Target, &kEmulatedAmxTarget,
 #elif defined(__aarch64__)
     &kNeonTarget,
     &kPortableTarget,
@@ -39,7 +40,7 @@ const Target* DefaultTarget() {
   const char* forced = std::getenv("SEPCONV_TARGET");
   if (const Target* target = forced ? FindTarget(forced) : nullptr) return target;
   for (const Target* target : kTargets) {
-    if (target->runs_here()) return target;
+    if (target->runs_here() && target->pays_here()) return target;
   }
   return &kPortableTarget;
 }
@@ -102,7 +103,7 @@ double FmaPeakGflops(DType dtype) {
   const Target& target = CurrentTargetTable();
   if (dtype == DType::kFloat64) return GflopsOf(target.f64.fma_chains, target.f64.fma_chain_flops);
   if (dtype == DType::kBFloat16 && target.pairs)
-    return GflopsOf(target.pairs->chains, 2 * target.f32.fma_chain_flops);
+    return GflopsOf(target.pairs->chains, target.pairs->chain_flops);
   return GflopsOf(target.f32.fma_chains, target.f32.fma_chain_flops);
 }
 

@@ -7,10 +7,12 @@
 namespace sepconv {
 
 #if defined(__x86_64__)
+extern const Target kAmxBf16Target;
 extern const Target kAvx512Bf16Target;
 extern const Target kAvx512Target;
 extern const Target kAvx2Target;
 extern const Target kEmulatedAvx512Target;
+extern const Target kEmulatedAmxTarget;
 #elif defined(__aarch64__)
 extern const Target kNeonTarget;
 #endif

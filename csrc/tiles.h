@@ -138,6 +138,14 @@ struct Problem {
            kTileRowPadBytes / static_cast<int64_t>(sizeof(E));
   }
 
+  // The same of a tile of pairs, whose rows may be read sixteen at once: they lie as near as they
+  // can without sharing too few sets of L1.
+  static int64_t PairTileStride(int64_t columns) {
+    const int64_t stride = RoundUp(columns, kBufferAlignment / sizeof(BFloat16));
+    const bool shares_sets = stride * static_cast<int64_t>(sizeof(BFloat16)) % kPairRowBytes == 0;
+    return stride + shares_sets * kTileRowPadBytes / static_cast<int64_t>(sizeof(BFloat16));
+  }
+
   const Geometry& g;
   const Target& target;  // one for the whole call
   const Kernels<T>& kernels;
@@ -509,14 +517,22 @@ void PackPanels(const RowCopies<S>& copies, const S* matrix, int64_t depth, int6
   }
 }
 
-// Packs rows [k_begin, k_end) of one panel as pairs of neighbours in depth; k_begin is even.
+// Packs rows [k_begin, k_end) of one panel as pairs of neighbours in depth, with the last row also
+// the zeros behind it; k_begin is even.
 // `packed` is where panel 0 starts.
 inline void PackPairsOfPanel(const PairKernels& pairs, const BFloat16* matrix, int64_t depth,
                              int64_t stride, int64_t k_begin, int64_t k_end, const Panels& panels,
                              int64_t panel, BFloat16Pair* packed, LeastLanes* least) {
   const int64_t column = panels.begin(panel), width = panels.width(panel);
+  BFloat16Pair* panel_at = packed + column * pairs.Depth(depth);
   pairs.pack(matrix + k_begin * stride + column, stride, k_end - k_begin, panels.columns(panel),
-             width, packed + column * CeilDiv(depth, 2) + k_begin / 2 * width, least);
+             width, panel_at + k_begin / 2 * width, least);
+  if (k_end == depth) {
+    const int64_t pairs_end = CeilDiv(depth, 2);
+    std::memset(
+        panel_at + pairs_end * width, 0,
+        static_cast<size_t>((pairs.Depth(depth) - pairs_end) * width) * sizeof(BFloat16Pair));
+  }
 }
 
 }  // namespace sepconv

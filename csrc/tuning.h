@@ -46,6 +46,13 @@ inline constexpr TargetTuning kNeonTuning{16, 4, {14, 12, 8, 6}, {4, 2}, 4, 4, 4
 // SSE2 class: 16 registers of 4 floats, no FMA: 8 accumulators leave room for products.
 inline constexpr TargetTuning kPortableTuning{16, 2, {8, 4, 0, 0}, {2, 2}, 2, 2, 4, 3, 416};
 
+// Tile registers: two tiles of A by two of B, so that four loads of 8 cycles feed four products of
+// 16. What L2 gives, half a load, is not enough for both, so a block of B stays in L1: 12 steps of
+// 2 KB are half of it (3 to 5 % from a depth of 500 on). The sums of so many rows wait for the next
+// block.
+inline constexpr int64_t kTileBlockSteps = 12;
+inline constexpr int64_t kTileSumRows = 256;
+
 // Longest chain of additions in a sum over channels or filters. The error of a chain grows with its
 // length, and frameworks cut theirs at 200 to 500: one chain of 2048 had three times the error of
 // torch's, and this keeps it below twice. A cut costs about one hundred cycles of the 10,000 that
@@ -111,6 +118,11 @@ inline constexpr int64_t kUnpackedPixels = 12;
 // filters) out of L2.
 inline constexpr int64_t kBackwardPixels = 112;
 
+// The same with tile registers, which are done with 112 pixels in four steps: the sums of the
+// weight gradient would take longer than the products (5 to 8 % at 14 x 14, 7 x 7, 33 x 33 x 256
+// and 28 x 28, nothing elsewhere).
+inline constexpr int64_t kBackwardTilePixels = 224;
+
 // Input larger than this has left L2 since the forward pass, as has the memory of dx. What a chunk
 // is going to read and write then comes during its arithmetic: 4 to 8 % at 64 x 64 x 64 and 112 x
 // 112 x 32 in batches of 8. Where it is in L2 already, that costs 3 %.
@@ -174,6 +186,11 @@ inline constexpr int64_t kStagedRowsBytes = 128 * 1024;
 // Extra elements at the end of a tile row: a row length that is a multiple of 4096 bytes would put
 // the same column of all rows into one cache set.
 inline constexpr int64_t kTileRowPadBytes = 64;
+
+// Of pairs of bfloat16, sixteen rows at a multiple of this share eight of the 64 sets of L1 or
+// fewer. Others need no extra elements: without them a row of 64 channels is two cache lines, not
+// three (19 x 19 x 728 takes 11 % less, 33 x 33 x 256 10 %).
+inline constexpr int64_t kPairRowBytes = 512;
 
 // Below this many multiply-adds waking a second thread costs more than it saves (a few
 // microseconds).

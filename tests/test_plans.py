@@ -53,6 +53,8 @@ def test_the_plan_covers_the_call(size, filters, dtype):
     # Pairs of bfloat16 are made and used without a pass between.
     in_place = dtype in ("float32", "float64") or forward["dot_of_pairs"]
     assert forward["input_in_place"] == forward["output_in_place"] == in_place
+    # Those of the backward pass are pairs of filters, too.
+    assert backward["dot_of_pairs"] == (forward["dot_of_pairs"] and filters % 2 == 0)
     assert 0 < plan.forward_limit < plan.training_limit
     assert "packed" in str(plan) or "read in place" in str(plan)
 

@@ -174,8 +174,17 @@ def test_subnormal_sums_of_normal_numbers_are_kept(target, dtype):
     pair = np.array([tiny * (1 + eps), -tiny], stored).reshape(1, 1, 1, 2)
     ones = np.ones((1, 1, 2, 1), stored)
     assert float(separable_conv2d(pair, ones, ones).item()) == tiny * eps
+    # The same pair among the filters and among the pixels of each factor of a gradient.
+    twice = ones.reshape(1, 1, 1, 2)
+    for dy, kernel in ((pair, twice), (twice, pair)):
+        dx, *_ = separable_conv2d_grad(dy, one, one, kernel)
+        assert float(dx.item()) == tiny * eps
+    pixels, of_ones = pair.reshape(1, 1, 2, 1), np.ones((1, 1, 2, 2), stored)
+    for dy, x in ((np.repeat(pixels, 2, axis=-1), ones), (of_ones, pixels)):
+        _, _, d_pointwise, *_ = separable_conv2d_grad(dy, x.reshape(1, 1, 2, 1), one, twice)
+        assert [float(value) for value in d_pointwise.ravel()] == [tiny * eps] * 2
 
-    problem = replace(odd_problem(), batch=1, height=61, width=70, channels=33, filters=17)
+    problem = replace(odd_problem(), batch=1, height=61, width=70, channels=33, filters=18)
     arrays = problem.arrays(stored)
     arrays.x[0, 50, 60, 3] = tiny * eps
     before = sepconv.get_num_threads()
@@ -183,7 +192,8 @@ def test_subnormal_sums_of_normal_numbers_are_kept(target, dtype):
         results = []
         for threads in (1, 2, 3):
             sepconv.set_num_threads(threads)
-            results.append(doors.by_numpy(problem, arrays)[0].tobytes())
+            y, gradients = doors.by_numpy(problem, arrays)
+            results.append([array.tobytes() for array in (y, *gradients)])
     finally:
         sepconv.set_num_threads(before)
     assert results[0] == results[1] == results[2]

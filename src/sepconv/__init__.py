@@ -79,7 +79,7 @@ def cpu_target() -> str:
     another one.
 
     Example:
-        >>> cpu_target() in ("avx512_bf16", "avx512", "avx2", "neon", "portable")
+        >>> cpu_target() in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "neon", "portable")
         True
     """
     from sepconv import _native
