@@ -5,6 +5,8 @@ TRITON_INTERPRET=1 must be set; `test_triton.py` runs this file in a process of 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,6 +71,23 @@ def test_tensors_as_torch_sees_them_are_taken_as_they_lie(
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert float((one - other).abs().max()) <= share * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize(("shared", "fits"), [(99, False), (163, True), (227, True)])
+def test_a_gpu_with_too_little_shared_memory_is_refused(shared, fits, monkeypatch):
+    gpu = SimpleNamespace(name="the GPU", shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    try:
+        if fits:
+            use_gpu_kernels()
+        else:
+            with pytest.raises(RuntimeError, match=r"Received: 101376 bytes on the GPU"):
+                use_gpu_kernels()
+        assert backends._gpu_kernels_in_use == fits
+    finally:
+        use_gpu_kernels(False)
 
 
 def test_the_kernels_are_off_until_they_are_asked_for(interpreted):

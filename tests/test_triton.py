@@ -68,6 +68,7 @@ def test_the_torch_door_on_a_gpu():
 # ------------------------------------------------------------------------------ compiled, not run
 
 # Bytes of shared memory that a program may use.
+# Those of 8.0 are what `use_gpu_kernels` asks for.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 MOST_REGISTERS = 255
 # Of each thread. Blocks are tuned for sm_90; one kernel is over by some registers on sm_80.

@@ -17,6 +17,9 @@ from sepconv.torch.registration import as_schema, compiled, compiled_keras
 
 __all__ = ["separable_conv2d", "separable_conv2d_keras", "use_gpu_kernels", "why_not"]
 
+# What a program has on the oldest GPU that the kernels are compiled for (compute capability 8.0).
+_GPU_SHARED_BYTES = 163 * 1024
+
 
 def separable_conv2d(
     x: Tensor,
@@ -170,14 +173,31 @@ def use_gpu_kernels(enabled: bool = True) -> None:
     Args:
         enabled: Whether calls from now on, of all threads, may run them.
 
+    Raises:
+        RuntimeError: a GPU that this process sees has less shared memory than the kernels take.
+
     Example:
         >>> import torch
         >>> use_gpu_kernels(torch.cuda.is_available())
         >>> use_gpu_kernels(False)
     """
+    if enabled and torch.cuda.is_available():
+        _check_shared_memory()
     backends.use_gpu_kernels(enabled)
     for cached in (plans.torch_plan_cached, plans.keras_plan_cached, operators.kernels_for):
         cached.cache_clear()
+
+
+def _check_shared_memory() -> None:
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        has = getattr(gpu, "shared_memory_per_block_optin", _GPU_SHARED_BYTES)
+        if has < _GPU_SHARED_BYTES:
+            raise RuntimeError(
+                f"the GPU kernels take up to {_GPU_SHARED_BYTES} bytes of shared memory, and GPU "
+                f"{index} gives a program less. Received: {has} bytes on {gpu.name}; leave it out "
+                "by CUDA_VISIBLE_DEVICES"
+            )
 
 
 def why_not(
