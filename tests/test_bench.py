@@ -422,7 +422,9 @@ def plan_of(*peers, **changes):
 
 def last_step(plan, monkeypatch, actors):
     monkeypatch.setattr("sepconv.bench.run.Workers", actors)
-    monkeypatch.setattr("sepconv.bench.run.measure_peaks", lambda threads: Peaks(100.0, 10.0))
+    monkeypatch.setattr(
+        "sepconv.bench.run.measure_peaks", lambda threads: Peaks(100.0, 10.0, 800.0)
+    )
     *_, last = measure(plan)
     assert isinstance(last, Step)
     assert (last.done, last.now) == (plan.steps, "")
@@ -447,6 +449,14 @@ def test_a_wrong_peer_a_failing_one_and_an_absent_one_are_notes(tmp_path, monkey
     }
     work = forward_work(problem_of(rows.parse_row(TINY)).geometry)
     assert found["jax.lax"].limit_us == pytest.approx(1e6 * work.limit(100.0, 10.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_limits_of_bfloat16_refer_to_its_products(dtype, tmp_path, monkeypatch):
+    found = last_step(plan_of(dtypes=[dtype]), monkeypatch, Actors(tmp_path, {}, {}))
+    work = forward_work(problem_of(rows.parse_row(TINY)).geometry, dtype)
+    pairs = 800.0 if dtype == "bfloat16" else None
+    assert found["sepconv.numpy"].limit_us == pytest.approx(1e6 * work.limit(100.0, 10.0, pairs))
 
 
 def test_a_wrong_door_of_ours_is_an_error(tmp_path, monkeypatch):

@@ -15,10 +15,14 @@ def test_work_counts_every_product_and_every_array_once():
     pixels, depth = 2 * 10 * 10, 16
     weights = 9 * depth + depth * 5 + 5
     assert forward_work(geometry) == Work(
-        2 * pixels * depth * (9 + 5), 4 * (pixels * 8 + pixels * 5 + weights)
+        2 * pixels * depth * (9 + 5),
+        4 * (pixels * 8 + pixels * 5 + weights),
+        2 * pixels * depth * 5,
     )
     assert backward_work(geometry, "bfloat16") == Work(
-        2 * pixels * depth * (3 * 9 + 2 * 5), 2 * (2 * pixels * 8 + pixels * 5 + 2 * weights)
+        2 * pixels * depth * (3 * 9 + 2 * 5),
+        2 * (2 * pixels * 8 + pixels * 5 + 2 * weights),
+        2 * pixels * depth * 2 * 5,
     )
 
 
@@ -31,10 +35,14 @@ def test_an_activation_reads_the_output_for_its_slope():
 
 
 def test_the_limit_is_the_slower_of_arithmetic_and_memory():
-    work = Work(flops=3_000_000, bytes=1_000_000)
+    work = Work(flops=3_000_000, bytes=1_000_000, product_flops=2_000_000)
     assert work.limit(100.0, 1000.0) == pytest.approx(30e-6)
     assert work.limit(100.0, 10.0) == pytest.approx(100e-6)
-    assert work + work == Work(6_000_000, 2_000_000)
+    assert work + work == Work(6_000_000, 2_000_000, 4_000_000)
+    # Units of their own for the products: the slower of both.
+    assert work.limit(100.0, 1000.0, 125.0) == pytest.approx(16e-6)
+    assert work.limit(100.0, 1000.0, 1000.0) == pytest.approx(10e-6)
+    assert work.limit(100.0, 10.0, 1000.0) == pytest.approx(100e-6)
 
 
 @pytest.mark.parametrize("size", [1, 7, 19, 56])
@@ -56,6 +64,15 @@ def test_the_plan_covers_the_call(size, filters, dtype):
     # Those of the backward pass are pairs of filters, too.
     assert backward["dot_of_pairs"] == (forward["dot_of_pairs"] and filters % 2 == 0)
     assert 0 < plan.forward_limit < plan.training_limit
+    works = plan.forward_work, plan.backward_work
+    of_pairs = [
+        work.limit(plan.gflops, plan.gigabytes_per_second, plan.pair_gflops if pairs else None)
+        for work, pairs in zip(
+            works, (forward["dot_of_pairs"], backward["dot_of_pairs"]), strict=True
+        )
+    ]
+    assert (plan.forward_limit, plan.training_limit) == (of_pairs[0], sum(of_pairs))
+    assert ("of pairs of bfloat16" in str(plan)) == bool(forward["dot_of_pairs"])
     assert "packed" in str(plan) or "read in place" in str(plan)
 
 

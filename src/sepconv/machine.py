@@ -78,7 +78,8 @@ def fma_gflops(dtype: str = "float32") -> float:
     milliseconds, taken once a process.
 
     Args:
-        dtype: The type that the sums run in, `"float32"` or `"float64"`.
+        dtype: The type that the sums run in, `"float32"` or `"float64"`; `"bfloat16"` for its
+            products of pairs, where the target has an instruction for them, else as `"float32"`.
 
     Example:
         >>> fma_gflops() > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from sepconv import backends
 from sepconv.spec import ConvSpec, Geometry
@@ -25,29 +25,50 @@ class Work:
     Attributes:
         flops: Floating-point operations; a multiply-add counts as two.
         bytes: Every input read once and every output written once. The depthwise output is neither.
+        product_flops: Those of `flops` in products of matrices, the pointwise stage.
     """
 
     flops: int
     bytes: int
+    product_flops: int = 0
 
     def __add__(self, other: Work) -> Work:
         """Returns the work of one pass after the other."""
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.product_flops + other.product_flops,
+        )
 
-    def limit(self, gflops: float, gigabytes_per_second: float) -> float:
+    def limit(
+        self, gflops: float, gigabytes_per_second: float, product_gflops: float | None = None
+    ) -> float:
         """Returns the least time in seconds on a machine with these peaks.
 
-            max(flops / peak of arithmetic, bytes / peak of memory)
+            max(arithmetic, bytes / peak of memory)
+
+        where arithmetic takes `flops / peak`, or, with units of their own for products of matrices,
+        which may work beside the others, as long as the slower of both.
 
         Args:
             gflops: What the arithmetic units can do, in 10^9 operations a second.
             gigabytes_per_second: What memory can do, in 10^9 bytes a second.
+            product_gflops: What the units for products of matrices can do; `None`: there are none.
 
         Example:
-            >>> Work(flops=2_000_000, bytes=1_000_000).limit(100.0, 10.0)
-            0.0001
+            >>> work = Work(flops=2_000_000, bytes=1_000_000, product_flops=1_800_000)
+            >>> work.limit(10.0, 10.0), work.limit(10.0, 10.0, 100.0)
+            (0.0002, 0.0001)
         """
-        return max(self.flops / gflops, self.bytes / gigabytes_per_second) * 1e-9
+        arithmetic = self.arithmetic(gflops, product_gflops)
+        return max(arithmetic, self.bytes / gigabytes_per_second * 1e-9)
+
+    def arithmetic(self, gflops: float, product_gflops: float | None = None) -> float:
+        """Returns the least time of the arithmetic alone, in seconds; see `limit`."""
+        if product_gflops is None:
+            return self.flops / gflops * 1e-9
+        others = self.flops - self.product_flops
+        return max(others / gflops, self.product_flops / product_gflops) * 1e-9
 
 
 def forward_work(geometry: Geometry, dtype: str = "float32") -> Work:
@@ -60,10 +81,12 @@ def forward_work(geometry: Geometry, dtype: str = "float32") -> Work:
     Example:
         >>> geometry = ConvSpec().resolve((1, 3, 3, 2), (3, 3, 2, 1), (1, 1, 2, 4))
         >>> forward_work(geometry)
-        Work(flops=52, bytes=192)
+        Work(flops=52, bytes=192, product_flops=16)
     """
-    x, y, weights, biases = _elements(geometry)
-    return Work(2 * geometry.macs, (x + y + weights + biases) * _bytes_of(dtype))
+    g = geometry
+    x, y, weights, biases = _elements(g)
+    products = 2 * g.batch * g.out_height * g.out_width * g.depthwise_channels * g.out_channels
+    return Work(2 * g.macs, (x + y + weights + biases) * _bytes_of(dtype), products)
 
 
 def backward_work(geometry: Geometry, dtype: str = "float32") -> Work:
@@ -79,15 +102,16 @@ def backward_work(geometry: Geometry, dtype: str = "float32") -> Work:
     Example:
         >>> geometry = ConvSpec().resolve((1, 3, 3, 2), (3, 3, 2, 1), (1, 1, 2, 4))
         >>> backward_work(geometry)
-        Work(flops=140, bytes=368)
+        Work(flops=140, bytes=368, product_flops=32)
     """
     g = geometry
     x, y, weights, biases = _elements(g)
-    pixels = g.batch * g.out_height * g.out_width
-    products = 2 * g.out_channels + 3 * g.kernel_height * g.kernel_width
+    elements_of_depth = g.batch * g.out_height * g.out_width * g.depthwise_channels
+    products = 2 * 2 * elements_of_depth * g.out_channels
+    passes = 2 * 3 * elements_of_depth * g.kernel_height * g.kernel_width
     outputs = 2 * y if g.activation else y
     elements = 2 * x + outputs + 2 * weights + 2 * biases
-    return Work(2 * pixels * g.depthwise_channels * products, elements * _bytes_of(dtype))
+    return Work(products + passes, elements * _bytes_of(dtype), products)
 
 
 def _elements(g: Geometry) -> tuple[int, int, int, int]:
@@ -122,6 +146,7 @@ class Explanation:
         backward_work: Least arithmetic and bytes of the gradients.
         gflops: Measured peak of the arithmetic units that the threads of the forward pass have.
         gigabytes_per_second: Measured speed of memory.
+        pair_gflops: As `gflops`, of their instructions for products of pairs of bfloat16.
     """
 
     geometry: Geometry
@@ -134,26 +159,31 @@ class Explanation:
     backward_work: Work
     gflops: float
     gigabytes_per_second: float
+    pair_gflops: float
 
     @property
     def forward_limit(self) -> float:
         """Least time of the forward pass on this machine, in seconds."""
-        return self.forward_work.limit(self.gflops, self.gigabytes_per_second)
+        return self.forward_work.limit(*self._ceilings(self.forward))
 
     @property
     def training_limit(self) -> float:
         """Least time of a forward pass and all gradients on this machine, in seconds."""
-        return self.forward_limit + self.backward_work.limit(self.gflops, self.gigabytes_per_second)
+        return self.forward_limit + self.backward_work.limit(*self._ceilings(self.backward))
+
+    def _ceilings(self, plan: Mapping[str, int]) -> _Ceilings:
+        pairs = self.pair_gflops if plan.get("dot_of_pairs") else None
+        return self.gflops, self.gigabytes_per_second, pairs
 
     def __str__(self) -> str:
         """Returns the explanation as lines of text."""
-        g, ceilings = self.geometry, (self.gflops, self.gigabytes_per_second)
+        g = self.geometry
         lines = [
             f"{g.batch} x {g.in_height}x{g.in_width}x{g.in_channels} -> "
             f"{g.out_height}x{g.out_width}x{g.out_channels}, kernel "
             f"{g.kernel_height}x{g.kernel_width}, {self.dtype}",
-            _limit_line("forward", self.forward_work, ceilings),
-            _limit_line("gradients", self.backward_work, ceilings),
+            _limit_line("forward", self.forward_work, self._ceilings(self.forward)),
+            _limit_line("gradients", self.backward_work, self._ceilings(self.backward)),
         ]
         if self.why_not is not None:
             return "\n".join([*lines, f"no kernel of this library: {self.why_not}"])
@@ -173,6 +203,7 @@ class Explanation:
             f"target {self.target}, {_count(plan['threads'], 'thread')}",
             f"forward: {_count(plan['tiles'], 'tile')} of up to {plan['tile_pixels']} pixels, "
             f"filters in {_count(plan['filter_parts'], 'part')}",
+            *_product_lines(plan),
             f"  pointwise weights: {_count(plan['panels'], 'panel')} of up to "
             f"{plan['panel_filters']} filters, {weights}",
             f"  input: {self._input_line(plan['input_in_place'])}",
@@ -191,6 +222,7 @@ class Explanation:
             f"{_count(plan['channel_slices'], 'slice')} of up to {plan['slice_channels']} "
             f"channels, {_count(plan['slabs'], 'slab')} of images or rows with sums of their own",
             f"  chunks of {plan['chunk_pixels']} pixels; gradient of the output: {gradient}",
+            *_product_lines(plan),
         ]
 
     def _input_line(self, in_place: int) -> str:
@@ -292,13 +324,21 @@ class GpuExplanation:
         )
 
 
-def _limit_line(name: str, work: Work, ceilings: tuple[float, float] | None) -> str:
+def _product_lines(plan: Mapping[str, int]) -> list[str]:
+    return ["  products of matrices: of pairs of bfloat16"] if plan["dot_of_pairs"] else []
+
+
+# Of arithmetic, of memory, and, where they have units of their own, of products of matrices.
+_Ceilings: TypeAlias = tuple[float, float, float | None]
+
+
+def _limit_line(name: str, work: Work, ceilings: _Ceilings | tuple[float, float] | None) -> str:
     amounts = f"{name}: {work.flops / 1e6:.1f} MFLOP, {work.bytes / 1e6:.2f} MB"
     if ceilings is None:
         return f"{amounts}; the ceilings of a GPU are not measured here"
-    arithmetic = work.flops / ceilings[0] >= work.bytes / ceilings[1]
-    bound = "arithmetic" if arithmetic else "memory"
-    return f"{amounts}, at least {work.limit(*ceilings) * 1e6:.1f} us, bound by {bound}"
+    limit = work.limit(*ceilings)
+    bound = "memory" if limit > work.arithmetic(ceilings[0], *ceilings[2:]) else "arithmetic"
+    return f"{amounts}, at least {limit * 1e6:.1f} us, bound by {bound}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -349,8 +389,9 @@ def explain(
 ) -> Explanation | GpuExplanation:
     """Tells how a call would run here: which kernel, how it is cut into work, and its limit.
 
-    The limit is the larger of arithmetic at the measured peak of the FMA units and compulsory
-    bytes at the measured speed of memory. Measuring takes a fraction of a second, once a process.
+    The limit is the larger of arithmetic at the measured peak of the FMA units (products of pairs
+    of bfloat16: of the instruction for those) and compulsory bytes at the measured speed of memory.
+    Measuring takes a fraction of a second, once a process.
 
     Args:
         spec: The hyper-parameters.
@@ -410,6 +451,7 @@ def explain(
         backward_work=backward_work(geometry, dtype),
         gflops=peak * forward.get("threads", 1),
         gigabytes_per_second=machine.memory_gigabytes_per_second(),
+        pair_gflops=machine.fma_gflops("bfloat16") * forward.get("threads", 1),
     )
 
 

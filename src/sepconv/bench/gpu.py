@@ -307,7 +307,7 @@ def _noted(case: GpuCase, peaks: Peaks, note: str) -> list[Result]:
             error_of_allowed=math.nan,
             gflop=sum(work.flops for work in works) / 1e9,
             megabytes=sum(work.bytes for work in works) / 1e6,
-            limit_us=sum(work.limit(*peaks) for work in works) * 1e6,
+            limit_us=sum(work.limit(*peaks[:2]) for work in works) * 1e6,
             bound="arithmetic" if arithmetic >= memory else "memory",
             fma_peak_gflops=peaks.gflops,
             memory_gigabytes_per_second=peaks.gigabytes_per_second,

@@ -34,9 +34,10 @@ _INTRODUCTION = (
     "All take turns, round after round.",
     "Times are medians in microseconds, ± half the distance of the quartiles. A ratio is the time "
     "of the other over ours: above 1, ours is faster. The limit of a layer is the larger of its "
-    "arithmetic at the measured peak of the FMA units and of the bytes that it must read and write "
-    "at the measured speed of memory; for training that of both passes. Data that stay in the "
-    "caches can beat the limit of memory.",
+    "arithmetic at the measured peak of the FMA units (products of bfloat16: of the instruction "
+    "for pairs of them) and of the bytes that it must read and write at the measured speed of "
+    "memory; for training that of both passes. Data that stay in the caches can beat the limit of "
+    "memory.",
 )
 _GPU_INTRODUCTION = (
     "Everyone computes the same layer with the same arrays: a depthwise convolution, a pointwise "

@@ -22,14 +22,22 @@ class Peaks(NamedTuple):
     Attributes:
         gflops: Of their FMA units, in 10^9 operations a second.
         gigabytes_per_second: To and from memory.
+        pair_gflops: As `gflops`, of their instructions for products of pairs of bfloat16; 0 where
+            nobody looked.
     """
 
     gflops: float
     gigabytes_per_second: float
+    pair_gflops: float = 0.0
 
     def or_higher(self, other: Peaks) -> Peaks:
         """Returns the higher of each: a virtual machine is not equally fast all the time."""
         return Peaks(*map(max, self, other))
+
+    def of(self, dtype: str) -> tuple[float, float, float | None]:
+        """Returns the arguments of `Work.limit` for arrays of a dtype."""
+        pairs = self.pair_gflops if dtype == "bfloat16" and self.pair_gflops > 0 else None
+        return self.gflops, self.gigabytes_per_second, pairs
 
 
 def measure_peaks(threads: int) -> Peaks:
@@ -38,7 +46,7 @@ def measure_peaks(threads: int) -> Peaks:
     `sepconv.machine` tells the same of one thread, once a process. The speed of memory is the
     better of reading and of copying arrays that together are four times as large as the last-level
     cache; a copy counts what it reads and what it writes. Sums run in float32 whatever the dtype of
-    the arrays is, and so does the peak.
+    the arrays is, and so do the peaks.
 
     Args:
         threads: How many CPUs take part.
@@ -72,8 +80,11 @@ def measure_peaks(threads: int) -> Peaks:
 
         moved = sum(array.nbytes for array in sources + targets)
         bandwidth = moved / min(seconds(read), seconds(copy)) / 1e9
-        gflops = max(
-            sum(pool.map(lambda _: _native.fma_peak_gflops("float32"), range(threads)))
-            for _ in range(_REPEATS)
-        )
-    return Peaks(gflops, bandwidth)
+
+        def peak(dtype: str) -> float:
+            return max(
+                sum(pool.map(lambda _: _native.fma_peak_gflops(dtype), range(threads)))
+                for _ in range(_REPEATS)
+            )
+
+        return Peaks(peak("float32"), bandwidth, peak("bfloat16"))

@@ -154,11 +154,12 @@ class _Record:
 
 def _limited(result: Result, works: Sequence[Work], peaks: Peaks) -> Result:
     """The result with the least time of phases that run one after the other."""
-    arithmetic = sum(work.flops for work in works) / peaks.gflops
-    memory = sum(work.bytes for work in works) / peaks.gigabytes_per_second
+    gflops, gigabytes_per_second, pair_gflops = ceilings = peaks.of(result.dtype)
+    arithmetic = sum(work.arithmetic(gflops, pair_gflops) for work in works)
+    memory = sum(work.bytes for work in works) / gigabytes_per_second * 1e-9
     return replace(
         result,
-        limit_us=sum(work.limit(*peaks) for work in works) * 1e6,
+        limit_us=sum(work.limit(*ceilings) for work in works) * 1e6,
         bound="arithmetic" if arithmetic >= memory else "memory",
         fma_peak_gflops=peaks.gflops,
         memory_gigabytes_per_second=peaks.gigabytes_per_second,
