@@ -67,10 +67,10 @@ class BackwardLoop {
                                               p_.activation() == Activation::kRelu6));
     if (std::is_same_v<S, BFloat16> && may_pair && exact && p_.filters % 2 == 0)
       pairs_ = p_.target.pairs;
-    pair_dz_stride_ = p_.PairTileStride(p_.filters);
+    if (pairs_) PlanPairGradient();
     PlanSlices();
     // Several slices read dz: computed once, if it is not too large.
-    shares_dz_ = !dz_in_place_ && !recompute_slope_ && slices_ > 1 &&
+    shares_dz_ = !dz_in_place_ && !pair_dz_in_place_ && !recompute_slope_ && slices_ > 1 &&
                  p_.pixels * dz_stride_ * static_cast<int64_t>(sizeof(T)) <= kSharedGradientBytes;
     PlanSlabs();
     PlanRows();
@@ -93,7 +93,7 @@ class BackwardLoop {
             {"chunk_rows", chunk_rows_},
             {"chunk_pixels", chunk_pixels_},
             {"output_recomputed", recompute_slope_},
-            {"output_gradient_in_place", dz_in_place_},
+            {"output_gradient_in_place", dz_in_place_ || pair_dz_in_place_},
             {"input_in_place", p_.rows_in_place},
             {"dot_of_pairs", pairs_ != nullptr}};
   }
@@ -118,8 +118,10 @@ class BackwardLoop {
     const auto scratch_of = [&](int64_t worker) {
       return ScratchOf(layout, memory + layout.shared.bytes() + worker * layout.own.bytes());
     };
-    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker)
+    for (int64_t worker = 0; pairs_ && worker < threads_; ++worker) {
       *scratch_of(worker).least = LeastLanes();
+      *scratch_of(worker).least_dz = LeastLanes();
+    }
     if (shares_dz_) {
       ParallelFor(
           CeilDiv(p_.pixels, kBackwardPixels), threads_, [&](int64_t block, int64_t worker) {
@@ -179,8 +181,12 @@ class BackwardLoop {
       AddSlabs(args_.d_bias, p_.filters, sums, &WeightSums<T>::bias);
     }
     if (!pairs_) return true;
-    LeastOperands least;
-    for (int64_t worker = 0; worker < threads_; ++worker) least.Add(*scratch_of(worker).least);
+    LeastOperands least, least_dz;
+    for (int64_t worker = 0; worker < threads_; ++worker) {
+      least.Add(*scratch_of(worker).least);
+      least_dz.Add(*scratch_of(worker).least_dz);
+    }
+    least.value = std::min(least_dz.value, least_dz.weight);
     return !least.MayFlush();
   }
 
@@ -272,8 +278,8 @@ class BackwardLoop {
     BFloat16* narrow_tile;     // [pixel][slice channel]: D
     BFloat16Pair* tile_pairs;  // [pair of pixels][slice channel]
     BFloat16Pair* columns;     // [slice channel][pair of pixels]
-    LeastLanes* least;         // of the operands
-    LeastLanes* least_again;   // of operands that are among them already
+    LeastLanes* least;         // as weights: the pointwise kernel and D
+    LeastLanes* least_dz;      // the other factor of both
   };
 
   Scratch ScratchOf(const Layout& layout, char* mine) const {
@@ -331,6 +337,15 @@ class BackwardLoop {
 
   bool needs_depthwise_gradient() const {
     return dx_ || args_.d_depthwise_kernel || args_.d_depthwise_bias;
+  }
+
+  // dy serves as dz if its rows are whole, and no multiple of a length that puts sixteen of them
+  // into a few sets of L1.
+  void PlanPairGradient() {
+    pair_dz_in_place_ = !p_.g.channels_first() && p_.activation() == Activation::kLinear &&
+                        p_.filters == 2 * FilterPairs() &&
+                        p_.filters * static_cast<int64_t>(sizeof(BFloat16)) % kPairRowLimit != 0;
+    pair_dz_stride_ = pair_dz_in_place_ ? p_.filters : p_.PairTileStride(p_.filters);
   }
 
   void PlanSlices() {
@@ -604,7 +619,7 @@ class BackwardLoop {
     const T* dz = nullptr;
     const BFloat16* pair_dz = nullptr;
     if (pairs_) {
-      pair_dz = PairGradientOf(pixel, pixels, scratch);
+      pair_dz = PairGradientOf(task, pixel, pixels);
     } else {
       dz = OutputGradientOf(pixel, pixels, scratch);
     }
@@ -667,7 +682,7 @@ class BackwardLoop {
       if (pairs_) {
         if (slope)
           pairs_->narrow(reinterpret_cast<const float*>(scratch.tile), slice_stride_, pixels,
-                         channels, scratch.narrow_tile, slice_stride_, scratch.least_again);
+                         channels, scratch.narrow_tile, slice_stride_, scratch.least);
         AddPairsToPointwise(task, pair_dz, pixels, dx);
       } else {
         AddToPointwise(task, dz, pixels, dx);
@@ -723,8 +738,8 @@ class BackwardLoop {
   void DepthwiseOutput(Task& task, const DepthwiseKernels<T, U>& kernels, int64_t image,
                        int64_t row, int64_t row_end, U* out) const {
     const DepthwiseStage<S, T, U> stage{
-        p_,           kernels,    task.input,    task.scratch.rows,       task.scratch.taps,
-        task.q_begin, task.q_end, slice_stride_, task.scratch.least_again};
+        p_,           kernels,    task.input,    task.scratch.rows, task.scratch.taps,
+        task.q_begin, task.q_end, slice_stride_, task.scratch.least};
     DepthwiseRows(stage, image, row, row_end, out);
   }
 
@@ -802,7 +817,7 @@ class BackwardLoop {
       BFloat16Pair* panel = memory_of(i);
       if (!packed)
         pairs_->pack(dz + f, pair_dz_stride_, pixels, panels.columns(i), width, panel,
-                     scratch.least_again);
+                     scratch.least_dz);
       std::fill(panel + pixel_pairs * width, panel + depth * width, BFloat16Pair{});
       GemmArgs<BFloat16Pair, float> gemm{};
       // A panel as wide as this one is packed by the micro-kernel.
@@ -813,7 +828,7 @@ class BackwardLoop {
         gemm.ahead_stride = 2 * pair_dz_stride_ * static_cast<int64_t>(sizeof(BFloat16));
         gemm.ahead_row_bytes = width * static_cast<int64_t>(sizeof(BFloat16));
         gemm.ahead_to = memory_of(i + 1);
-        gemm.least = scratch.least_again;
+        gemm.least = scratch.least_dz;
       }
       gemm.rows = channels;
       gemm.depth = depth;
@@ -838,15 +853,8 @@ class BackwardLoop {
 
   // db += sums of the columns of dz.
   void AddToBias(Task& task, const BFloat16* dz, int64_t pixels) const {
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      for (int64_t block = 0; block < pixels; block += kTransposeBlock) {
-        const int64_t count = std::min(pixels - block, kTransposeBlock);
-        p_.copies.load(dz + block * pair_dz_stride_, pair_dz_stride_, count, p_.filters, p_.filters,
-                       task.scratch.y_rows, dz_stride_);
-        p_.kernels.add_column_sums(task.scratch.y_rows, count, p_.filters, dz_stride_,
-                                   task.sums.bias);
-      }
-    }
+    pairs_->add_column_sums(dz, pixels, p_.filters, pair_dz_stride_,
+                            reinterpret_cast<float*>(task.sums.bias));
   }
 
   // dz of pixels [pixel, pixel + pixels), rows dz_stride_ apart.
@@ -878,8 +886,21 @@ class BackwardLoop {
   }
 
   // The same in bfloat16, rows pair_dz_stride_ apart.
-  const BFloat16* PairGradientOf(int64_t pixel, int64_t pixels, const Scratch& scratch) const {
+  const BFloat16* PairGradientOf(const Task& task, int64_t pixel, int64_t pixels) const {
+    const Scratch& scratch = task.scratch;
     if (shares_dz_) return pair_dz_ + pixel * pair_dz_stride_;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (pair_dz_in_place_) {
+        const BFloat16* dy = dy_ + pixel * p_.filters;
+        // What is packed is watched then.
+        if (!task.sums.pointwise_kernel)
+          pairs_->watch(dy, p_.filters, pixels, p_.filters, scratch.least_dz);
+        // Products of pairs may read rows behind the last one.
+        if (pixel + RoundUp(pixels, pairs_->row_unit) <= p_.pixels) return dy;
+        std::copy_n(dy, pixels * p_.filters, scratch.pair_dz_tile);
+        return scratch.pair_dz_tile;
+      }
+    }
     ComputePairGradient(pixel, pixels, scratch.pair_dz_tile, scratch);
     return scratch.pair_dz_tile;
   }
@@ -891,7 +912,7 @@ class BackwardLoop {
       BFloat16* narrow = to + block * pair_dz_stride_;
       ComputeOutputGradient(pixel + block, count, rows, scratch.y_rows);
       pairs_->narrow(reinterpret_cast<const float*>(rows), dz_stride_, count, p_.filters, narrow,
-                     pair_dz_stride_, scratch.least);
+                     pair_dz_stride_, scratch.least_dz);
       const int64_t begin = RoundUp(p_.filters, p_.kernels.lanes), end = 2 * FilterPairs();
       for (int64_t p = 0; begin < end && p < count; ++p)
         std::fill(narrow + p * pair_dz_stride_ + begin, narrow + p * pair_dz_stride_ + end,
@@ -1087,7 +1108,7 @@ class BackwardLoop {
   int64_t threads_;
   const PairKernels* pairs_ = nullptr;  // null: products of matrices are of the compute type
   bool recompute_slope_ = false, shares_dz_ = false, dz_in_place_ = false, dx_in_place_ = false,
-       packs_dz_ = true, fetches_input_ = false;
+       packs_dz_ = true, fetches_input_ = false, pair_dz_in_place_ = false;
   bool windows_ = false;  // dKd is summed up by window_gradient
   int64_t dz_stride_ = 0, pair_dz_stride_ = 0;
   int64_t units_ = 1, slice_unit_ = 1, slices_ = 1, slice_channels_ = 0, slice_stride_ = 0,

@@ -873,8 +873,8 @@ void GradientTimesSlopeFromOutput(Activation activation, const T* gradient, cons
 }
 
 // Several rows at once, so that no addition waits for the one before.
-template <typename T, int kVectors, bool kWhole>
-SEPCONV_INLINE void AddColumnSumsOf(const T* data, int64_t rows, int64_t stride, int count,
+template <typename X, int kVectors, bool kWhole, typename T = ComputeType<X>>
+SEPCONV_INLINE void AddColumnSumsOf(const X* data, int64_t rows, int64_t stride, int count,
                                     T* sums) {
   constexpr int kL = kLanes<T>, kRows = 4;
   Vec<T> sum[kRows][kVectors];
@@ -904,16 +904,16 @@ SEPCONV_INLINE void AddColumnSumsOf(const T* data, int64_t rows, int64_t stride,
   }
 }
 
-template <typename T>
-void AddColumnSums(const T* data, int64_t rows, int64_t columns, int64_t stride, T* sums) {
+template <typename X, typename T = ComputeType<X>>
+void AddColumnSums(const X* data, int64_t rows, int64_t columns, int64_t stride, T* sums) {
   constexpr int kL = kLanes<T>, kV = 2;
   int64_t c = 0;
   for (; c + kV * kL <= columns; c += kV * kL)
-    AddColumnSumsOf<T, kV, true>(data + c, rows, stride, kL, sums + c);
+    AddColumnSumsOf<X, kV, true>(data + c, rows, stride, kL, sums + c);
   for (; c + kL <= columns; c += kL)
-    AddColumnSumsOf<T, 1, true>(data + c, rows, stride, kL, sums + c);
+    AddColumnSumsOf<X, 1, true>(data + c, rows, stride, kL, sums + c);
   if (c < columns)
-    AddColumnSumsOf<T, 1, false>(data + c, rows, stride, static_cast<int>(columns - c), sums + c);
+    AddColumnSumsOf<X, 1, false>(data + c, rows, stride, static_cast<int>(columns - c), sums + c);
 }
 
 // As many independent multiply-adds as the micro-kernel has, from registers alone: the peak to
@@ -979,6 +979,7 @@ constexpr PairKernels MakePairKernels() {
       PackPairs,
       WatchRows,
       NarrowRows,
+      AddColumnSums<BFloat16>,
       FmaChains<float, true>,
       4 * kTuning.micro_rows[kTuning.micro_vectors - 1] * kTuning.micro_vectors * kLanes<float>};
 }

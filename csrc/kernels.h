@@ -206,6 +206,8 @@ struct PairKernels {
   // Rows of floats rounded. The rest of the last vector of a row is zero.
   void (*narrow)(const float* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to,
                  int64_t to_stride, LeastLanes* least);
+  void (*add_column_sums)(const BFloat16* data, int64_t rows, int64_t columns, int64_t stride,
+                          float* sums);
   // As `fma_chains`.
   void (*chains)(int64_t steps, float* result);
   int64_t chain_flops;

@@ -191,6 +191,8 @@ inline constexpr int64_t kTileRowPadBytes = 64;
 // fewer. Others need no extra elements: without them a row of 64 channels is two cache lines, not
 // three (19 x 19 x 728 takes 11 % less, 33 x 33 x 256 10 %).
 inline constexpr int64_t kPairRowBytes = 512;
+// A row of dy is copied only where they share four (in place 14 x 14 x 512 takes 5 % more).
+inline constexpr int64_t kPairRowLimit = 1024;
 
 // Below this many multiply-adds waking a second thread costs more than it saves (a few
 // microseconds).
