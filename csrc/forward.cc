@@ -101,9 +101,10 @@ class ForwardLoop {
         !g.channels_first() && !gradient_.dz && (std::is_same_v<S, T> || (pairs_ && in_registers));
     // Whole lines of memory, none of which is read again here.
     const int64_t row_bytes = p_.filters * static_cast<int64_t>(sizeof(S));
-    streams_ = direct_y_ && in_registers && p_.pixels * row_bytes > kStreamOutputBytes &&
-               row_bytes % kCacheLineBytes == 0 &&
+    const bool large_y = p_.pixels * row_bytes > kStreamOutputBytes;
+    streams_ = direct_y_ && in_registers && large_y && row_bytes % kCacheLineBytes == 0 &&
                reinterpret_cast<uintptr_t>(y_) % kCacheLineBytes == 0;
+    fetches_y_ = direct_y_ && large_y && !streams_;
     staged_columns_ = g.in_width;
     strip_ = StripChannels();
     keeps_rows_ = strip_ == p_.depth && tile_pixels_ >= g.out_width;
@@ -467,6 +468,7 @@ class ForwardLoop {
         gemm.ahead_row_bytes = gemm.ahead_stride;
       }
       gemm.streams = streams_;
+      gemm.fetches_c = fetches_y_;
       gemm.fetch = fetch.data;
       gemm.fetch_bytes = std::min(share, fetch.bytes);
       run(gemm);
@@ -514,9 +516,9 @@ class ForwardLoop {
   // keeps_rows_: what one tile staged, the next ones of the same worker find again.
   // packs_in_time_: the first tile packs each panel just before it uses it; packs_two_: there is no
   // other tile, and a panel's memory serves again.
-  // streams_: y goes past the caches.
+  // streams_: y goes past the caches; fetches_y_: it would, but for rows that share lines.
   Activation activation_ = Activation::kLinear;
-  bool clamps_ = false, streams_ = false;
+  bool clamps_ = false, streams_ = false, fetches_y_ = false;
   bool direct_y_ = false, packs_in_time_ = false, packs_two_ = false, keeps_rows_ = false;
   T* packed_ = nullptr;
 };

@@ -218,6 +218,15 @@ void MicroKernel(const GemmArgs<E, C>& g, const E* a, C* c, const char* ahead, E
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(c + r * g.c_stride, 1);
   }
+  if (!kUnitRows && g.fetches_c) {
+    constexpr int64_t kLine = kCacheLineBytes / static_cast<int64_t>(sizeof(C));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      C* row = c + r * g.c_stride;
+      for (int64_t at = 0; at < kVectors * kL - 1; at += kLine) __builtin_prefetch(row + at, 1);
+      __builtin_prefetch(row + kVectors * kL - 1, 1);
+    }
+  }
   if (ahead_to) {
     MicroLoop<kRows, kVectors, kUnitRows, Beside::kCopy>(g, a, ahead, ahead_to, sum);
   } else if (!kUnitRows && ahead && g.fetch_rows) {

@@ -57,6 +57,8 @@ struct GemmArgs {
   int64_t fetch_bytes = 0;
   // C is made of whole aligned vectors and is written past the caches. Not where it accumulates.
   bool streams = false;
+  // C is in no cache: its lines come while the sums run.
+  bool fetches_c = false;
 };
 
 // One kernel tap of a run of pixels: where pixel 0 reads, and the weights (or, for the gradient,
