@@ -228,9 +228,10 @@ class BackwardLoop {
       const bool own_dz = !loop.dz_in_place_ && !loop.recompute_slope_ && !loop.shares_dz_;
       dz_tile_at = own.Add(own_dz && !pairs ? pixels * loop.dz_stride_ : 0, sizeof(T));
       dz_panels_at = own.Add(2 * (pairs ? loop.PixelPairs(pixels) : pixels) * columns, sizeof(T));
-      y_rows_at = own.Add(
-          loop.dz_in_place_ || loop.recompute_slope_ ? 0 : 2 * kTransposeBlock * loop.dz_stride_,
-          sizeof(T));
+      y_rows_at = own.Add(loop.dz_in_place_ || loop.recompute_slope_
+                              ? 0
+                              : (1 + pairs) * kTransposeBlock * loop.dz_stride_,
+                          sizeof(T));
       staged_at = own.Add(
           InputRows<S>::StagedElements(p, g.in_width, loop.slice_channels_, loop.staged_rows_),
           sizeof(T));
@@ -266,7 +267,7 @@ class BackwardLoop {
     T* tile;       // [pixel][slice channel]: D of the chunk
     T* dz_tile;    // [pixel][filter]
     T* dz_panels;  // [pixel][panel column] each: the one in use, and the next
-    T* y_rows;     // [pixel of a block][filter]
+    T* y_rows;     // [pixel of a block][filter], and with pairs as many of dz before it is narrowed
     T* staged;
     int64_t* staged_row;
     T* dx_rows;  // rows of [column][slice channel], and one of x
