@@ -22,7 +22,8 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(SEPCONV_VECTOR_BYTES)));
-  typedef float unaligned __attribute__((vector_size(SEPCONV_VECTOR_BYTES), aligned(4), may_alias));
+  // Pairs of bfloat16 pass as floats.
+  typedef float unaligned __attribute__((vector_size(SEPCONV_VECTOR_BYTES), aligned(2), may_alias));
   typedef int32_t mask __attribute__((vector_size(SEPCONV_VECTOR_BYTES)));
 };
 template <>
@@ -120,10 +121,15 @@ SEPCONV_INLINE void StoreFirst(double* to, int count, Vec<double> value) {
   _mm256_maskstore_pd(to, FirstLanesMask(count, 0.0), value);
 }
 #else
+// From any address, as above.
 template <typename T>
 SEPCONV_INLINE Vec<T> LoadFirst(const T* from, int count) {
   Vec<T> value = {};
-  for (int i = 0; i < count; ++i) value[i] = from[i];
+  for (int i = 0; i < count; ++i) {
+    T lane;
+    std::memcpy(&lane, reinterpret_cast<const char*>(from) + i * sizeof(T), sizeof(T));
+    value[i] = lane;
+  }
   return value;
 }
 template <typename T>
