@@ -111,44 +111,32 @@ inline void ConfigureTiles(int64_t rows) {
 // Rows of finished sums to C.
 template <int kRows, int kVectors, typename C>
 SEPCONV_INLINE void FinishTileRows(const GemmArgs<BFloat16Pair, C>& g, C* c, const float* sums) {
-  constexpr int kL = kLanes<float>;
-  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);
   Vec<float> sum[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + (r * kVectors + v) * kL);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + (r * kVectors + v) * kLanes<float>);
   }
-  if constexpr (std::is_same_v<C, float>) {
-    if (g.accumulate) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        float* to = c + r * g.c_stride;
-#pragma GCC unroll 2
-        for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
-        to += (kVectors - 1) * kL;
-        StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
-      }
-      return;
-    }
-  }
-  if (g.streams) {
-    FinishRows<true, true>(g, c, last, sum);
-  } else if (last == kL) {
-    FinishRows<true, false>(g, c, last, sum);
-  } else {
-    FinishRows<false, false>(g, c, last, sum);
-  }
+  StoreSums(g, c, sum);
+}
+
+// Finished sums to rows [row, row + count) of C.
+template <int kVectors, typename C>
+SEPCONV_INLINE void FinishTiles(const GemmArgs<BFloat16Pair, C>& g, int64_t row, int64_t count,
+                                const float* sums) {
+  constexpr int64_t kColumns = kVectors * kLanes<float>;
+  C* c = g.c + row * g.c_stride;
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4)
+    FinishTileRows<4, kVectors>(g, c + r * g.c_stride, sums + r * kColumns);
+  for (; r < count; ++r) FinishTileRows<1, kVectors>(g, c + r * g.c_stride, sums + r * kColumns);
 }
 
 // What is done beside the products, a little at every step of them, because tile registers leave
-// the rest of the core idle: sums of the tiles before are finished, and the copies and fetches of
-// GemmArgs made.
+// the rest of the core idle: the copies and fetches of GemmArgs.
 template <typename C, int kVectors>
 class BesideTiles {
  public:
-  static constexpr int64_t kColumns = kVectors * kLanes<float>;
-
   BesideTiles(const GemmArgs<BFloat16Pair, C>& g, int64_t steps)
       : g_(g),
         rows_(g.ahead ? g.ahead_rows : 0),
@@ -156,27 +144,7 @@ class BesideTiles {
         lines_((g.fetch_bytes + kCacheLineBytes - 1) / kCacheLineBytes),
         lines_at_once_((lines_ + steps - 1) / steps) {}
 
-  // Finishes these rows of sums during the next `steps` steps.
-  SEPCONV_INLINE void Finish(int64_t row, int64_t count, const float* sums, int64_t steps) {
-    c_ = g_.c + row * g_.c_stride;
-    sums_ = sums;
-    sums_end_ = sums + count * kColumns;
-    sums_at_once_ = ((count + steps - 1) / steps + 3) / 4 * 4 * kColumns;
-  }
-  SEPCONV_INLINE void FinishUpTo(const float* end) {
-    for (; sums_ + 4 * kColumns <= end; sums_ += 4 * kColumns) {
-      FinishTileRows<4, kVectors>(g_, c_, sums_);
-      c_ += 4 * g_.c_stride;
-    }
-    for (; sums_ < end; sums_ += kColumns) {
-      FinishTileRows<1, kVectors>(g_, c_, sums_);
-      c_ += g_.c_stride;
-    }
-  }
-  SEPCONV_INLINE void FinishAll() { FinishUpTo(sums_end_); }
-
   SEPCONV_INLINE void Step() {
-    FinishUpTo(std::min(sums_end_, sums_ + sums_at_once_));
     const int64_t row_end = std::min(rows_, row_ + rows_at_once_);
     for (; row_ < row_end; ++row_) {
       const char* from = g_.ahead + row_ * g_.ahead_stride;
@@ -195,9 +163,6 @@ class BesideTiles {
   const GemmArgs<BFloat16Pair, C>& g_;
   const int64_t rows_, rows_at_once_, lines_, lines_at_once_;
   int64_t row_ = 0, line_ = 0;
-  C* c_ = nullptr;
-  const float *sums_ = nullptr, *sums_end_ = nullptr;
-  int64_t sums_at_once_ = 0;
 };
 
 // The products of kTiles x kVectors sums over `steps` tiles of depth.
@@ -272,13 +237,10 @@ void TilePanel(const GemmArgs<BFloat16Pair, C>& g) {
         if (two) StoreTile<2>(sum_below, sums_stride);
         if (two && kVectors > 1) StoreTile<3>(sum_below + kLanes<float>, sums_stride);
         if (block + 1 < blocks) continue;
-        beside.FinishAll();
         const int64_t row = tile * cut.rows;
-        beside.Finish(row, std::min(g.rows - row, (1 + two) * cut.rows), sum, step_end - step);
+        FinishTiles<kVectors>(g, row, std::min(g.rows - row, (1 + two) * cut.rows), sum);
       }
     }
-    // The next group writes where these sums are.
-    beside.FinishAll();
   }
 }
 

@@ -100,10 +100,7 @@ class BackwardLoop {
 
   bool uses_pairs() const { return pairs_ != nullptr; }
 
-  int64_t ScratchBytes() const {
-    const Layout layout(*this);
-    return layout.shared.bytes() + threads_ * layout.own.bytes();
-  }
+  int64_t ScratchBytes() const { return Layout(*this).Bytes(threads_); }
 
   // False if the pairs have lost what floats keep, and the call must run again without them. That
   // depends on the numbers alone, not on the threads.
@@ -116,7 +113,7 @@ class BackwardLoop {
     pair_dz_ = reinterpret_cast<BFloat16*>(memory + layout.dz_at);
     edges_ = reinterpret_cast<T*>(memory + layout.edges_at);
     const auto scratch_of = [&](int64_t worker) {
-      return ScratchOf(layout, memory + layout.shared.bytes() + worker * layout.own.bytes());
+      return ScratchOf(layout, layout.MemoryOf(worker, memory));
     };
     for (int64_t worker = 0; pairs_ && worker < threads_; ++worker) {
       *scratch_of(worker).least = LeastLanes();
@@ -200,8 +197,8 @@ class BackwardLoop {
   int64_t FilterPairs() const { return pairs_->Depth(p_.filters); }
   int64_t PixelPairs(int64_t pixels) const { return pairs_->Depth(pixels); }
 
-  // Where things are in the scratch memory: of all threads, and of each.
-  struct Layout {
+  // Where things are in the scratch memory.
+  struct Layout : CallLayout {
     explicit Layout(const BackwardLoop& loop) {
       const Problem<S>& p = loop.p_;
       const Geometry& g = p.g;
@@ -251,7 +248,6 @@ class BackwardLoop {
           own.Add(RoundUp(stride, units) * loop.column_stride(depth), sizeof(BFloat16Pair));
       least_at = own.Add(2, sizeof(LeastLanes));
     }
-    Layout64 shared, own;
     int64_t packed_at, dz_at, partial, partials_at, edges_at, packed_slice_at, ring_at, tile_at,
         dz_tile_at, dz_panels_at, y_rows_at, staged_at, staged_row_at, dx_rows_at, sources_at,
         rows_at, taps_at;
@@ -744,6 +740,24 @@ class BackwardLoop {
     DepthwiseRows(stage, image, row, row_end, out);
   }
 
+  // The rest of a product that is added to panel `i` of the slice's rows of dKp, and fetches its
+  // share of dx.
+  template <typename E, typename C = ComputeType<E>>
+  void AddToPanel(const Task& task, const Panels& panels, int64_t i, Stretch& dx,
+                  GemmArgs<E>& gemm) const {
+    gemm.rows = task.q_end - task.q_begin;
+    gemm.columns = panels.columns(i);
+    gemm.c = reinterpret_cast<C*>(task.sums.pointwise_kernel) + task.q_begin * p_.filters +
+             panels.begin(i);
+    gemm.c_stride = p_.filters;
+    gemm.low = -std::numeric_limits<C>::infinity();
+    gemm.high = std::numeric_limits<C>::infinity();
+    gemm.accumulate = !task.first_chunk;
+    const Stretch share = dx.Take(panels.count() - i);
+    gemm.fetch = share.data;
+    gemm.fetch_bytes = share.bytes;
+  }
+
   // dKp += D^T dz, and the bias, whose columns are at hand.
   void AddToPointwise(Task& task, const T* dz, int64_t pixels, Stretch dx) const {
     const Scratch& scratch = task.scratch;
@@ -773,22 +787,13 @@ class BackwardLoop {
           gemm.ahead_to = scratch.dz_panels + (i + 1) % 2 * chunk_pixels_ * p_.kernels.columns;
         }
       }
-      gemm.rows = channels;
       gemm.depth = pixels;
-      gemm.columns = panels.columns(i);
       gemm.a = scratch.tile;
       gemm.a_row_stride = 1;
       gemm.a_depth_stride = slice_stride_;
       gemm.b = panel;
       gemm.b_stride = panel_stride;
-      gemm.c = task.sums.pointwise_kernel + task.q_begin * p_.filters + f;
-      gemm.c_stride = p_.filters;
-      gemm.low = -kInfinity;
-      gemm.high = kInfinity;
-      gemm.accumulate = !task.first_chunk;
-      const Stretch share = dx.Take(panels.count() - i);
-      gemm.fetch = share.data;
-      gemm.fetch_bytes = share.bytes;
+      AddToPanel(task, panels, i, dx, gemm);
       p_.kernels.gemm(gemm);
       if (task.sums.bias && task.first_slice) {
         p_.kernels.add_column_sums(panel, pixels, panels.columns(i), panel_stride,
@@ -831,22 +836,13 @@ class BackwardLoop {
         gemm.ahead_to = memory_of(i + 1);
         gemm.least = scratch.least_dz;
       }
-      gemm.rows = channels;
       gemm.depth = depth;
-      gemm.columns = panels.columns(i);
       gemm.a = scratch.columns;
       gemm.a_row_stride = stride;
       gemm.a_depth_stride = 1;
       gemm.b = panel;
       gemm.b_stride = width;
-      gemm.c = reinterpret_cast<float*>(task.sums.pointwise_kernel) + task.q_begin * p_.filters + f;
-      gemm.c_stride = p_.filters;
-      gemm.low = -std::numeric_limits<float>::infinity();
-      gemm.high = std::numeric_limits<float>::infinity();
-      gemm.accumulate = !task.first_chunk;
-      const Stretch share = dx.Take(panels.count() - i);
-      gemm.fetch = share.data;
-      gemm.fetch_bytes = share.bytes;
+      AddToPanel(task, panels, i, dx, gemm);
       pairs_->gemm(gemm);
     }
     pairs_->release();
@@ -914,10 +910,7 @@ class BackwardLoop {
       ComputeOutputGradient(pixel + block, count, rows, scratch.y_rows);
       pairs_->narrow(reinterpret_cast<const float*>(rows), dz_stride_, count, p_.filters, narrow,
                      pair_dz_stride_, scratch.least_dz);
-      const int64_t begin = RoundUp(p_.filters, p_.kernels.lanes), end = 2 * FilterPairs();
-      for (int64_t p = 0; begin < end && p < count; ++p)
-        std::fill(narrow + p * pair_dz_stride_ + begin, narrow + p * pair_dz_stride_ + end,
-                  BFloat16{0});
+      FillDepth(*pairs_, p_.kernels.lanes, p_.filters, count, narrow, pair_dz_stride_);
     }
   }
 
@@ -1097,8 +1090,6 @@ class BackwardLoop {
     });
   }
 
-  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
   Problem<S> p_;
   WidenedWeights<S> weights_;
   const BackwardArgs& args_;
@@ -1123,20 +1114,6 @@ class BackwardLoop {
   T* edges_ = nullptr;
 };
 
-template <typename S>
-void RunBackward(const Geometry& g, const BackwardArgs& args) {
-  BackwardLoop<S> loop(g, args, true);
-  if (!loop.uses_pairs()) {
-    const Buffer buffer(loop.ScratchBytes());
-    loop.Run(buffer.As<char>());
-    return;
-  }
-  // Memory for both ways beforehand, because nothing may be written where there is not enough.
-  BackwardLoop<S> without_pairs(g, args, false);
-  const Buffer buffer(std::max(loop.ScratchBytes(), without_pairs.ScratchBytes()));
-  if (!loop.Run(buffer.As<char>())) without_pairs.Run(buffer.As<char>());
-}
-
 // Gradients of an empty output: sums over nothing.
 void ZeroGradients(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
   Sizes sizes;
@@ -1158,13 +1135,13 @@ void Backward(const Geometry& geometry, DType dtype, const BackwardArgs& args) {
   if (geometry.pixels() == 0) return ZeroGradients(geometry, dtype, args);
   switch (dtype) {
     case DType::kFloat32:
-      return RunBackward<float>(geometry, args);
+      return RunLoop<BackwardLoop<float>>(geometry, args);
     case DType::kFloat64:
-      return RunBackward<double>(geometry, args);
+      return RunLoop<BackwardLoop<double>>(geometry, args);
     case DType::kBFloat16:
-      return RunBackward<BFloat16>(geometry, args);
+      return RunLoop<BackwardLoop<BFloat16>>(geometry, args);
     case DType::kFloat16:
-      return RunBackward<Float16>(geometry, args);
+      return RunLoop<BackwardLoop<Float16>>(geometry, args);
   }
 }
 

@@ -52,6 +52,14 @@ class Layout64 {
   int64_t bytes_ = 0;
 };
 
+// The scratch memory of a call: what all threads share, then what each has for itself.
+struct CallLayout {
+  Layout64 shared, own;
+
+  int64_t Bytes(int64_t threads) const { return shared.bytes() + threads * own.bytes(); }
+  char* MemoryOf(int64_t worker, char* memory) const { return memory + Bytes(worker); }
+};
+
 }  // namespace sepconv
 
 #endif  // SEPCONV_BUFFER_H_

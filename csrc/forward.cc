@@ -129,10 +129,7 @@ class ForwardLoop {
 
   bool uses_pairs() const { return pairs_ != nullptr; }
 
-  int64_t ScratchBytes() const {
-    const Layout layout(*this);
-    return layout.shared.bytes() + threads_ * layout.own.bytes();
-  }
+  int64_t ScratchBytes() const { return Layout(*this).Bytes(threads_); }
 
   // False if the pairs have lost what floats keep, and the call must run again without them. That
   // depends on the numbers alone, not on the threads.
@@ -140,15 +137,16 @@ class ForwardLoop {
     const Layout layout(*this);
     // What is kept is not written to.
     packed_ = kept_ ? kept_->data.As<T>() : reinterpret_cast<T*>(memory + layout.packed_at);
-    const auto memory_of = [&](int64_t worker) {
-      return memory + layout.shared.bytes() + worker * layout.own.bytes();
-    };
+    const auto memory_of = [&](int64_t worker) { return layout.MemoryOf(worker, memory); };
     const auto least_of = [&](int64_t worker) {
       return reinterpret_cast<LeastLanes*>(memory_of(worker) + layout.least_at);
     };
     for (int64_t worker = 0; pairs_ && worker < threads_; ++worker) {
       *least_of(worker) = LeastLanes();
-      FillDepth(reinterpret_cast<BFloat16*>(memory_of(worker) + layout.narrow_tile_at));
+      // Once: no tile writes them.
+      FillDepth(*pairs_, p_.kernels.lanes, p_.depth, tile_pixels_,
+                reinterpret_cast<BFloat16*>(memory_of(worker) + layout.narrow_tile_at),
+                narrow_stride_);
     }
     if (pairs_ && kept_) *least_of(0) = kept_->least;
     if (!kept_ && !packs_in_time_ && first_packed_ < panels_.count()) {
@@ -231,8 +229,8 @@ class ForwardLoop {
     return least;
   }
 
-  // Where things are in the scratch memory: of all threads, and of each.
-  struct Layout {
+  // Where things are in the scratch memory.
+  struct Layout : CallLayout {
     explicit Layout(const ForwardLoop& loop) {
       const Problem<S>& p = loop.p_;
       const Panels& panels = loop.panels_;
@@ -253,7 +251,6 @@ class ForwardLoop {
       rows_at = own.Add(p.g.kernel_height, sizeof(SourceRow<T>));
       taps_at = own.Add(p.g.kernel_height * p.g.kernel_width, sizeof(Tap<T>));
     }
-    Layout64 shared, own;
     int64_t packed_at, two_panels_at, least_at, tile_at, narrow_tile_at, panel_at, gradient_at,
         staged_at, staged_row_at, rows_at, taps_at;
   };
@@ -346,15 +343,6 @@ class ForwardLoop {
         }
       }
     }
-  }
-
-  // Zeros up to the depth of the pairs. No tile writes them: the depthwise stage fills its last
-  // vector.
-  void FillDepth(BFloat16* narrow_tile) const {
-    const int64_t begin = RoundUp(p_.depth, p_.kernels.lanes), end = 2 * depth_;
-    for (int64_t pixel = 0; begin < end && pixel < tile_pixels_; ++pixel)
-      std::fill(narrow_tile + pixel * narrow_stride_ + begin,
-                narrow_tile + pixel * narrow_stride_ + end, BFloat16{0});
   }
 
   // Packs rows [k_begin, k_end) of a panel; `to` is where the first panel starts.
@@ -528,16 +516,7 @@ class ForwardLoop {
 template <typename S>
 void RunForward(const Geometry& g, const ForwardArgs& args, const OutputGradient<S>& gradient) {
   if (g.pixels() == 0) return;
-  ForwardLoop<S> loop(g, args, gradient, true);
-  if (!loop.uses_pairs()) {
-    const Buffer buffer(loop.ScratchBytes());
-    loop.Run(buffer.As<char>());
-    return;
-  }
-  // Memory for both ways beforehand, because nothing may be written where there is not enough.
-  ForwardLoop<S> without_pairs(g, args, gradient, false);
-  const Buffer buffer(std::max(loop.ScratchBytes(), without_pairs.ScratchBytes()));
-  if (!loop.Run(buffer.As<char>())) without_pairs.Run(buffer.As<char>());
+  RunLoop<ForwardLoop<S>>(g, args, gradient);
 }
 template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<float>&);
 template void RunForward(const Geometry&, const ForwardArgs&, const OutputGradient<double>&);

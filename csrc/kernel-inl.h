@@ -201,6 +201,39 @@ SEPCONV_INLINE void FinishRows(const GemmArgs<E, C>& g, C* c, int last,
   }
 }
 
+// Sums over the whole depth: to C, or added to it.
+template <typename E, typename C, int kRows, int kVectors>
+SEPCONV_INLINE void StoreSums(const GemmArgs<E, C>& g, C* c,
+                              const Vec<ComputeType<E>> (&sum)[kRows][kVectors]) {
+  using T = ComputeType<E>;
+  constexpr int kL = kLanes<T>;
+  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
+  if constexpr (std::is_same_v<C, T>) {
+    if (g.accumulate) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        T* to = c + r * g.c_stride;
+#pragma GCC unroll 4
+        for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
+        to += (kVectors - 1) * kL;
+        if (last == kL) {
+          Store(to, Load(to) + sum[r][kVectors - 1]);
+        } else {
+          StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
+        }
+      }
+      return;
+    }
+  }
+  if (g.streams) {
+    FinishRows<true, true>(g, c, last, sum);
+  } else if (last == kL) {
+    FinishRows<true, false>(g, c, last, sum);
+  } else {
+    FinishRows<false, false>(g, c, last, sum);
+  }
+}
+
 // One register tile. kRows x kVectors accumulators run over the depth and are never spilled.
 // kUnitRows: the rows of A are neighbours in memory (A transposed); otherwise the depth is.
 template <typename E, typename C, int kRows, int kVectors, bool kUnitRows>
@@ -237,24 +270,6 @@ void MicroKernel(const GemmArgs<E, C>& g, const E* a, C* c, const char* ahead, E
     MicroLoop<kRows, kVectors, kUnitRows, Beside::kNothing>(g, a, {}, {}, sum);
   }
 
-  const int last = static_cast<int>(g.columns - (kVectors - 1) * kL);  // lanes of the last vector
-  if constexpr (std::is_same_v<C, T>) {
-    if (g.accumulate) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        T* to = c + r * g.c_stride;
-#pragma GCC unroll 4
-        for (int v = 0; v + 1 < kVectors; ++v) Store(to + v * kL, Load(to + v * kL) + sum[r][v]);
-        to += (kVectors - 1) * kL;
-        if (last == kL) {
-          Store(to, Load(to) + sum[r][kVectors - 1]);
-        } else {
-          StoreFirst(to, last, LoadFirst(to, last) + sum[r][kVectors - 1]);
-        }
-      }
-      return;
-    }
-  }
   if constexpr (!kIsPair<E>) {
     if (g.before) {
 #pragma GCC unroll 16
@@ -264,13 +279,7 @@ void MicroKernel(const GemmArgs<E, C>& g, const E* a, C* c, const char* ahead, E
       }
     }
   }
-  if (g.streams) {
-    FinishRows<true, true>(g, c, last, sum);
-  } else if (last == kL) {
-    FinishRows<true, false>(g, c, last, sum);
-  } else {
-    FinishRows<false, false>(g, c, last, sum);
-  }
+  StoreSums(g, c, sum);
 }
 
 template <typename E, typename C>

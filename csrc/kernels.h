@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "buffer.h"
 #include "sepconv.h"
 #include "storage.h"
 
@@ -215,9 +216,7 @@ struct PairKernels {
   int64_t chain_flops;
 
   // Pairs of a packed panel in depth.
-  int64_t Depth(int64_t depth) const {
-    return ((depth + 1) / 2 + depth_unit - 1) / depth_unit * depth_unit;
-  }
+  int64_t Depth(int64_t depth) const { return RoundUp(CeilDiv(depth, 2), depth_unit); }
 };
 
 // Exponent fields of the least operands above zero. A bfloat16 with the field e > 0 is a multiple

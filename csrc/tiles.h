@@ -517,6 +517,15 @@ void PackPanels(const RowCopies<S>& copies, const S* matrix, int64_t depth, int6
   }
 }
 
+// Zeros from the last vector of each row on, which whoever wrote `columns` elements has filled, up
+// to the depth of the pairs.
+inline void FillDepth(const PairKernels& pairs, int64_t lanes, int64_t columns, int64_t rows,
+                      BFloat16* to, int64_t stride) {
+  const int64_t begin = RoundUp(columns, lanes), end = 2 * pairs.Depth(columns);
+  for (int64_t row = 0; begin < end && row < rows; ++row)
+    std::fill(to + row * stride + begin, to + row * stride + end, BFloat16{0});
+}
+
 // Packs rows [k_begin, k_end) of one panel as pairs of neighbours in depth, with the last row also
 // the zeros behind it; k_begin is even.
 // `packed` is where panel 0 starts.
@@ -527,12 +536,25 @@ inline void PackPairsOfPanel(const PairKernels& pairs, const BFloat16* matrix, i
   BFloat16Pair* panel_at = packed + column * pairs.Depth(depth);
   pairs.pack(matrix + k_begin * stride + column, stride, k_end - k_begin, panels.columns(panel),
              width, panel_at + k_begin / 2 * width, least);
-  if (k_end == depth) {
-    const int64_t pairs_end = CeilDiv(depth, 2);
-    std::memset(
-        panel_at + pairs_end * width, 0,
-        static_cast<size_t>((pairs.Depth(depth) - pairs_end) * width) * sizeof(BFloat16Pair));
+  if (k_end == depth)
+    std::fill(panel_at + CeilDiv(depth, 2) * width, panel_at + pairs.Depth(depth) * width,
+              BFloat16Pair{});
+}
+
+// Runs a loop over a call with products of pairs where it has them, and, where those have lost what
+// floats keep, once more without.
+template <typename Loop, typename... Args>
+void RunLoop(const Args&... args) {
+  Loop loop(args..., true);
+  if (!loop.uses_pairs()) {
+    const Buffer buffer(loop.ScratchBytes());
+    loop.Run(buffer.As<char>());
+    return;
   }
+  // Memory for both ways beforehand, because nothing may be written where there is not enough.
+  Loop without_pairs(args..., false);
+  const Buffer buffer(std::max(loop.ScratchBytes(), without_pairs.ScratchBytes()));
+  if (!loop.Run(buffer.As<char>())) without_pairs.Run(buffer.As<char>());
 }
 
 }  // namespace sepconv
