@@ -23,9 +23,9 @@ namespace sepconv {
 namespace {
 
 // A waiting thread spins this long before it sleeps: about the price of a wake-up (20 microseconds
-// on Zen 5, 80 on Granite Rapids, both virtual), so that back-to-back calls of a network do not pay
-// for it, and an idle process does not burn a core. Twice as long takes the CPU from threads that a
-// framework runs between our calls.
+// on Zen 5, 80 on a Xeon with AMX, both virtual), so that back-to-back calls of a network do not
+// pay for it, and an idle process does not burn a core. Twice as long takes the CPU from threads
+// that a framework runs between our calls.
 constexpr auto kSpinTime = std::chrono::microseconds(60);
 
 void Relax() {
